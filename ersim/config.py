@@ -52,9 +52,13 @@ class ExpertConfig:
 
 @dataclass
 class FleetConfig:
-    """A named set of experts; the mapping's order is the order of expert indices."""
+    """A named set of experts; the mapping's order is the order of expert indices.
+
+    gpu: the GPU of all experts that do not name one of their own (conf/expert files refer to it).
+    """
 
     name: str = "unnamed"
+    gpu: str = "h100-80gb"
     experts: dict[str, ExpertConfig] = field(default_factory=dict)
 
 
@@ -98,7 +102,8 @@ class WorkloadConfig:
     """Who asks what, and when.
 
     arrivals: closed (users with think time), poisson, gamma (rate_rps, cv), trace (trace_path).
-    requests: how many requests one run completes. Warm-up is cut from them by `results`.
+    requests: how many requests one run ends (completed, failed or rejected); None is
+    max(2000, 10 per user), or the whole trace. Warm-up is cut from them by `results`.
     think_s is the mean of an exponential think time; 0 means none.
     turns is the mean number of turns of a session (geometric); a later turn's prompt holds the
     earlier ones and their answers. `system_prompt_tokens` are shared by all requests to an expert.
@@ -106,7 +111,7 @@ class WorkloadConfig:
     """
 
     arrivals: str = "closed"
-    requests: int = 2000
+    requests: Optional[int] = None
     max_duration_s: Optional[float] = None
     think_s: float = 1.0
     ramp_s: float = 2.0
@@ -178,16 +183,19 @@ class FaultConfig:
 class UncertaintyConfig:
     """How intervals are made: replications of the run with resampled calibration and workload.
 
-    replications: a count, or "auto" to add replications until the relative half width of
-    throughput and median E2E is below `precision`, at most `max_replications`.
+    replications: a count, or "auto" to add replications until the relative half width of the
+    mean output throughput and median E2E is below `precision`, within min and max_replications.
+    sample_calibration: draw each replication's coefficients from the calibration's covariance.
     step_noise: draw each step's residual; off gives the mean step time.
     """
 
-    replications: str = "1"
-    precision: float = 0.05
-    max_replications: int = 30
+    replications: str = "auto"
+    precision: float = 0.03
+    min_replications: int = 4
+    max_replications: int = 12
     level: float = 0.90
     step_noise: bool = True
+    sample_calibration: bool = True
 
 
 @dataclass
@@ -312,7 +320,8 @@ def validate(config: SimulationConfig) -> None:
         if not str(uncertainty.replications).isdigit() or int(uncertainty.replications) < 1:
             raise bad_value("uncertainty.replications", "auto or an integer >= 1", uncertainty.replications)
     _above("uncertainty.precision", uncertainty.precision, 0)
-    _at_least("uncertainty.max_replications", uncertainty.max_replications, 2)
+    _at_least("uncertainty.min_replications", uncertainty.min_replications, 2)
+    _at_least("uncertainty.max_replications", uncertainty.max_replications, uncertainty.min_replications)
     _within("uncertainty.level", uncertainty.level, 0.5, 0.999)
     for index, fault in enumerate(config.faults):
         key = f"faults[{index}]"
