@@ -1,0 +1,285 @@
+"""The calibration file: one format for recorded steps, operator tables, layer profiles and rooflines.
+
+A calibration is a list of terms (see `ersim.steptime.terms`), each worth ``theta[k]`` times its
+seconds, with the covariance of theta and the relative spread of a single step around their sum:
+
+    step = max(sum of gpu terms, sum of host terms) + sum of exposed terms     (asynchronous scheduling)
+    step = sum of all terms                                                    (synchronous)
+
+The file is JSON, versioned and checked on load: a bad one raises DataError naming file, field, fix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ersim.errors import DataError, unknown_choice
+from ersim.steptime.specs import CONF_DIR
+from ersim.steptime.terms import SIDES, check_term
+
+FORMAT = "ersim-calibration"
+VERSION = 1
+SOURCES = ("steps", "profile", "tables", "roofline")  # in the order in which "auto" prefers them
+CALIBRATION_DIR = CONF_DIR / "calibration"
+RANGE_KEYS = ("tokens", "decode_seqs", "context_tokens", "prefill_chunk_tokens", "prefill_context_tokens")
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How long steps of one model, precision, GPU and TP take, and how far to trust that.
+
+    terms: plain mappings, checked by `check_term`. theta, covariance: one entry (row) per term.
+    residual_rel_std: spread of single steps around the mean, as a share of it.
+    valid: [low, high] per key of RANGE_KEYS that the data covered; beyond it estimates are
+    extrapolated and their interval widened. engine: the settings of the server it was recorded on.
+    kv_blocks: its true block count, None when unknown. derived: how it was made when its own
+    precision or GPU was not measured, else None. fit: rows, errors and how they were held out.
+    frontend: seconds that the API server adds outside steps ({} when unknown).
+    power: {idle_w, busy_w} of all GPUs together ({} when unknown).
+    """
+
+    name: str
+    source: str
+    model: str
+    precision: str
+    gpu: str
+    tp: int
+    terms: tuple[Mapping[str, Any], ...]
+    theta: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...]
+    residual_rel_std: float
+    valid: Mapping[str, Sequence[float]]
+    vllm_version: str | None = None
+    date: str | None = None
+    derived: str | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    kv_blocks: int | None = None
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    frontend: Mapping[str, float] = field(default_factory=dict)
+    power: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def calibrated(self) -> bool:
+        """False for a roofline: nothing was measured on this model, precision and GPU."""
+        return self.source != "roofline"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the content that decides times; equal calibrations, equal digest."""
+        return hashlib.sha256(dumps(self).encode()).hexdigest()
+
+    def sample_theta(self, rng: np.random.Generator | None) -> FloatArray:
+        """One draw of the coefficients (none below zero), or their mean when `rng` is None."""
+        mean = np.asarray(self.theta)
+        if rng is None:
+            return mean
+        draw = rng.multivariate_normal(mean, np.asarray(self.covariance), method="eigh")
+        return np.maximum(draw, 0.0)
+
+
+def dumps(calibration: Calibration) -> str:
+    """The calibration as JSON text, keys in a fixed order."""
+    data = {"format": FORMAT, "version": VERSION, **asdict(calibration)}
+    data.pop("warnings")
+    return json.dumps(data, separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def save(calibration: Calibration, path: Path) -> None:
+    """Write the file atomically, after checking that it loads again."""
+    text = dumps(calibration)
+    _parse(json.loads(text), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> Calibration:
+    """Read and check a calibration file. Raises DataError naming the file, the field and the remedy."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: calibration cannot be read ({error}); give the path of a JSON file"
+        ) from error
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: not a whole JSON document (line {error.lineno}, column {error.colno}: {error.msg}); "
+            "the file is cut or damaged: restore it or build it again with ersim-calibrate"
+        ) from error
+    return _parse(data, str(path))
+
+
+def _fail(where: str, name: str, must: str, got: object) -> DataError:
+    shown = repr(got)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return DataError(f"{where}: field {name} must be {must}, got {shown}")
+
+
+def _parse(data: Any, where: str) -> Calibration:
+    if not isinstance(data, dict):
+        raise _fail(where, "(top level)", "a JSON object", data)
+    if data.get("format") != FORMAT:
+        raise _fail(where, "format", f"{FORMAT!r} (is this a calibration file?)", data.get("format"))
+    if data.get("version") != VERSION:
+        raise _fail(where, "version", f"{VERSION}; build it again with this ersim", data.get("version"))
+    known = {name for name in Calibration.__dataclass_fields__ if name != "warnings"}
+    unknown = sorted(set(data) - known - {"format", "version"})
+    if unknown:
+        raise _fail(where, unknown[0], "absent (no such field in version 1)", data[unknown[0]])
+    for name in ("name", "source", "model", "precision", "gpu"):
+        if not isinstance(data.get(name), str) or not data[name]:
+            raise _fail(where, name, "a non-empty string", data.get(name))
+    if data["source"] not in SOURCES:
+        raise _fail(where, "source", f"one of {', '.join(SOURCES)}", data["source"])
+    if not isinstance(data.get("tp"), int) or data["tp"] < 1:
+        raise _fail(where, "tp", "an integer >= 1", data.get("tp"))
+    terms = _checked_terms(data.get("terms"), where)
+    theta, covariance = _checked_theta(data, len(terms), where)
+    return Calibration(
+        name=data["name"],
+        source=data["source"],
+        model=data["model"],
+        precision=data["precision"],
+        gpu=data["gpu"],
+        tp=data["tp"],
+        terms=terms,
+        theta=theta,
+        covariance=covariance,
+        residual_rel_std=_number(data, "residual_rel_std", where),
+        valid=_checked_range(data.get("valid"), where),
+        kv_blocks=_optional(data, "kv_blocks", int, where),
+        vllm_version=_optional(data, "vllm_version", str, where),
+        date=_optional(data, "date", str, where),
+        derived=_optional(data, "derived", str, where),
+        engine=_mapping(data, "engine", where),
+        fit=_mapping(data, "fit", where),
+        provenance=_mapping(data, "provenance", where),
+        frontend=_mapping(data, "frontend", where, numbers=True),
+        power=_mapping(data, "power", where, numbers=True),
+    )
+
+
+def _checked_terms(terms: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(terms, list) or not terms:
+        raise _fail(where, "terms", "a non-empty list of terms", terms)
+    for index, term in enumerate(terms):
+        check_term(term, f"{where}: field terms[{index}]")
+    if not any(term["side"] == "gpu" for term in terms):
+        raise _fail(where, "terms", f"at least one term of side gpu (sides: {', '.join(SIDES)})", "none")
+    return tuple(terms)
+
+
+def _checked_theta(
+    data: Mapping[str, Any], count: int, where: str
+) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
+    theta = data.get("theta")
+    if not isinstance(theta, list) or len(theta) != count or not all(_finite(x) and x >= 0 for x in theta):
+        raise _fail(where, "theta", f"{count} numbers >= 0, one per term", theta)
+    rows = data.get("covariance")
+    square = isinstance(rows, list) and len(rows) == count
+    if not square or not all(
+        isinstance(r, list) and len(r) == count and all(map(_finite, r)) for r in rows or ()
+    ):
+        raise _fail(where, "covariance", f"{count} rows of {count} numbers", rows)
+    matrix = np.asarray(rows, dtype=float)
+    scale = max(float(np.abs(matrix).max()), 1e-300)
+    if not np.allclose(matrix, matrix.T, rtol=0, atol=1e-6 * scale):
+        raise _fail(where, "covariance", "symmetric", rows)
+    if float(np.linalg.eigvalsh(matrix).min()) < -1e-6 * scale:
+        raise _fail(where, "covariance", "positive semidefinite", rows)
+    return tuple(map(float, theta)), tuple(tuple(map(float, row)) for row in rows or ())
+
+
+def _checked_range(valid: Any, where: str) -> Mapping[str, Sequence[float]]:
+    if not isinstance(valid, dict):
+        raise _fail(where, "valid", f"an object with {', '.join(RANGE_KEYS)}", valid)
+    for key, bounds in valid.items():
+        if key not in RANGE_KEYS:
+            raise _fail(where, f"valid.{key}", f"one of {', '.join(RANGE_KEYS)}", key)
+        pair = isinstance(bounds, list) and len(bounds) == 2 and all(map(_finite, bounds))
+        if not pair or bounds[0] > bounds[1]:
+            raise _fail(where, f"valid.{key}", "[low, high] with low <= high", bounds)
+    return valid
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(data: Mapping[str, Any], name: str, where: str) -> float:
+    value = data.get(name)
+    if not _finite(value) or value < 0:  # type: ignore[operator]
+        raise _fail(where, name, "a number >= 0", value)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _optional(data: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    value = data.get(name)
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise _fail(where, name, f"{kind.__name__} or null", value)
+    return value
+
+
+def _mapping(data: Mapping[str, Any], name: str, where: str, numbers: bool = False) -> Mapping[str, Any]:
+    value = data.get(name, {})
+    if not isinstance(value, dict):
+        raise _fail(where, name, "an object", value)
+    for key, entry in value.items():
+        if numbers and not (_finite(entry) and entry >= 0):
+            raise _fail(where, f"{name}.{key}", "a number >= 0", entry)
+    return value
+
+
+def file_name(model: str, precision: str, tp: int, source: str) -> str:
+    """Name of a committed calibration inside its GPU's folder; `find` looks for it."""
+    return f"{model}_{precision}_tp{tp}_{source}.json"
+
+
+def find(gpu: str, model: str, precision: str, tp: int, folder: Path = CALIBRATION_DIR) -> Path | None:
+    """The committed calibration of this expert from the best source, None when there is none."""
+    for source in SOURCES:
+        path = folder / gpu / file_name(model, precision, tp, source)
+        if path.is_file():
+            return path
+    return None
+
+
+def list_files(folder: Path = CALIBRATION_DIR) -> list[Path]:
+    """All calibration files below `folder`, sorted."""
+    return sorted(folder.rglob("*.json"))
+
+
+def resolve(name: str, key: str, folder: Path = CALIBRATION_DIR) -> Path:
+    """The file that `calibration=<name>` means: a path, or a name relative to conf/calibration.
+
+    Raises ConfigError listing the names there are.
+    """
+    for path in (Path(name), folder / name, folder / f"{name}.json"):
+        if path.is_file():
+            return path
+    names = [str(path.relative_to(folder).with_suffix("")) for path in list_files(folder)]
+    raise unknown_choice(f"{key}.calibration", name, ("auto", "roofline", "<path of a file>", *names))

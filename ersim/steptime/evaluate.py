@@ -1,0 +1,309 @@
+"""Turns a calibration into seconds, fast: arrays are prepared once, a step costs a few look-ups.
+
+`PreparedStepTime` fulfils `ersim.types.StepTime`. Everything that depends on one small integer
+(tokens, sampled rows, decode rows) is a list indexed by it; attention is a short search in a row.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ersim.steptime.calibration import Calibration
+from ersim.steptime.terms import curve, segment
+from ersim.types import Batch
+
+FloatArray = npt.NDArray[np.float64]
+EXTRAPOLATION_STD = 0.20  # spread (log) of what lies beyond a calibration's range, drawn once per sample
+SCALAR_FEATURES = ("step", "mixed_step", "prefill_rows")
+CONTEXT_FEATURES = ("decode_context_tokens", "decode_skew_tokens", "prefill_pairs", "prefill_context_tokens")
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes vLLM 0.32 captures CUDA graphs for: 1, 2, 4, 8 to 248 by 8, then by 16.
+
+    The largest is min(2 max_num_seqs, 512).
+    """
+    largest = min(2 * max_num_seqs, 512)
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    return [size for size in sizes if size <= largest]
+
+
+def padded_tokens(limit: int, sizes: Sequence[int]) -> FloatArray:
+    """For each token count 0 to `limit` the next CUDA-graph size, or itself above the largest."""
+    tokens = np.arange(limit + 1)
+    if not sizes:
+        return tokens.astype(float)
+    grid = np.asarray(sizes)
+    index = np.minimum(np.searchsorted(grid, tokens), len(grid) - 1)
+    return np.where((tokens > 0) & (tokens <= grid[-1]), grid[index], tokens).astype(float)
+
+
+class PreparedStepTime:
+    """Seconds per step from one set of coefficients.
+
+    beyond: how many evaluations lay outside the calibration's range, by key of RANGE_KEYS.
+    """
+
+    __slots__ = (
+        "_chunk_grid",
+        "_chunk_rows",
+        "_context_grid",
+        "_decode",
+        "_decode_context_s",
+        "_decode_rows",
+        "_has_host",
+        "_host_decode",
+        "_host_mixed",
+        "_host_prefill",
+        "_host_sampled",
+        "_host_tokens",
+        "_max_context",
+        "_max_tokens",
+        "_mixed",
+        "_pairs_s",
+        "_prefill_context_grid",
+        "_prefill_context_s",
+        "_prefill_row",
+        "_sampled",
+        "_shared",
+        "_skew",
+        "_skew_tokens_s",
+        "_tokens",
+        "beyond",
+    )
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        theta: FloatArray,
+        *,
+        max_tokens: int,
+        max_seqs: int,
+        max_context: int,
+        graphs: Sequence[int],
+        asynchronous: bool,
+        beyond_factor: float = 1.0,
+    ) -> None:
+        self.beyond: dict[str, int] = {}
+        valid = calibration.valid
+        self._max_tokens = int(valid.get("tokens", (0, max_tokens))[1])
+        self._max_context = float(valid.get("context_tokens", (0, max_context))[1])
+        terms = list(zip(calibration.terms, theta.tolist(), strict=True))
+        gpu = [(t, c) for t, c in terms if t["side"] == "gpu" or (t["side"] == "host" and not asynchronous)]
+        host = [(t, c) for t, c in terms if t["side"] == "host"] if asynchronous else []
+        exposed = [(t, c) for t, c in terms if t["side"] == "exposed"]
+        self._has_host = bool(host)
+        sizes = (max_tokens, max_seqs, graphs, self._max_tokens, beyond_factor)
+        self._tokens, self._sampled, self._decode, self._mixed, self._prefill_row = _curves(
+            gpu + exposed, *sizes
+        )
+        host_curves = _curves(host + exposed, *sizes)
+        self._host_tokens, self._host_sampled, self._host_decode, self._host_mixed, self._host_prefill = (
+            host_curves
+        )
+        weights = {name: 0.0 for name in CONTEXT_FEATURES}
+        for term, coefficient in gpu + exposed:
+            if term["kind"] == "linear" and term["feature"] in weights:
+                weights[term["feature"]] += coefficient
+        self._decode_context_s = weights["decode_context_tokens"]
+        self._skew_tokens_s = weights["decode_skew_tokens"]
+        self._pairs_s = weights["prefill_pairs"]
+        self._prefill_context_s = weights["prefill_context_tokens"]
+        self._prepare_decode(gpu, max_seqs, max_context, beyond_factor)
+        self._prepare_prefill(gpu, max_context)
+
+    def _prepare_decode(
+        self, terms: list[tuple[Mapping[str, Any], float]], max_seqs: int, max_context: int, factor: float
+    ) -> None:
+        tables = [(t, c) for t, c in terms if t["kind"] == "decode_attention"]
+        self._context_grid: list[float] = []
+        self._decode_rows: list[list[float]] = []
+        self._skew = 0.0
+        if not tables:
+            return
+        inner = np.unique(np.concatenate([np.asarray(t["context_tokens"], float) for t, _ in tables]))
+        grid = np.append(inner, max(float(max_context), 2 * inner[-1]))
+        seqs = np.arange(max_seqs + 1, dtype=float)
+        total = np.zeros((len(seqs), len(grid)))
+        for term, coefficient in tables:
+            values = np.asarray(term["time_us"], float) * 1e-6
+            wide = np.stack([curve(grid, term["context_tokens"], row) for row in values])
+            last = wide[:, -2:-1]
+            wide[:, -1:] = last + (wide[:, -1:] - last) * factor
+            total += coefficient * np.stack(
+                [curve(seqs, term["sequences"], column) for column in wide.T], axis=1
+            )
+        self._skew = float(np.mean([t["skew"] for t, _ in tables]))
+        self._context_grid, self._decode_rows = grid.tolist(), total.tolist()
+
+    def _prepare_prefill(self, terms: list[tuple[Mapping[str, Any], float]], max_context: int) -> None:
+        tables = [(t, c) for t, c in terms if t["kind"] == "prefill_attention"]
+        self._chunk_grid: list[float] = []
+        self._prefill_context_grid: list[float] = []
+        self._chunk_rows: list[list[float]] = []
+        self._shared = sum(c * t["shared_us"] * 1e-6 for t, c in tables)
+        if not tables:
+            return
+        chunks = np.unique(np.concatenate([np.asarray(t["chunk_tokens"], float) for t, _ in tables]))
+        contexts = np.unique(np.concatenate([np.asarray(t["context_tokens"], float) for t, _ in tables]))
+        contexts = np.append(contexts, max(float(max_context), 2 * contexts[-1]))
+        total = np.zeros((len(chunks), len(contexts)))
+        for term, coefficient in tables:
+            values = np.asarray(term["time_us"], float) * 1e-6
+            wide = np.stack([curve(contexts, term["context_tokens"], row) for row in values])
+            total += coefficient * np.stack([curve(chunks, term["chunk_tokens"], c) for c in wide.T], axis=1)
+        self._chunk_grid, self._prefill_context_grid = chunks.tolist(), contexts.tolist()
+        self._chunk_rows = total.tolist()
+
+    def step_s(self, batch: Batch) -> float:
+        """Seconds that this step takes (mean, no noise)."""
+        tokens, rows = batch.tokens, batch.decode_seqs
+        if tokens > self._max_tokens:
+            self._count("tokens")
+        seconds = self._tokens[tokens] + self._sampled[batch.sampled_seqs]
+        if rows:
+            total = batch.decode_context_tokens
+            seconds += self._decode[rows] + self._decode_context_s * total
+            if self._context_grid:
+                mean, longest = total / rows, batch.decode_context_max
+                seconds += self._attention(rows, mean)
+                if longest > mean and self._skew:
+                    seconds += self._skew * (self._attention(rows, longest) - self._attention(rows, mean))
+            if self._skew_tokens_s:
+                seconds += self._skew_tokens_s * max(0.0, rows * batch.decode_context_max - total)
+        if batch.prefills:
+            seconds += self._prefill_s(batch.prefills)
+        if self._has_host:
+            host = (
+                self._host_tokens[tokens] + self._host_sampled[batch.sampled_seqs] + self._host_decode[rows]
+            )
+            if batch.prefills:
+                host += self._host_mixed + self._host_prefill * len(batch.prefills)
+            if host > seconds:
+                return host
+        return seconds
+
+    def _attention(self, rows: int, context: float) -> float:
+        """Seconds of decode attention of `rows` sequences of `context` tokens each."""
+        grid = self._context_grid
+        index = bisect_right(grid, context) - 1
+        if index < 0:
+            index = 0
+        elif index >= len(grid) - 2:
+            index = len(grid) - 2
+        if context > self._max_context:
+            self._count("context_tokens")
+        row = self._decode_rows[rows]
+        low, left = grid[index], row[index]
+        return left + (row[index + 1] - left) * (context - low) / (grid[index + 1] - low)
+
+    def _prefill_s(self, prefills: Sequence[tuple[int, int]]) -> float:
+        """Seconds that a step's prefill chunks add: attention and launches."""
+        seconds = self._mixed + self._prefill_row * len(prefills)
+        for chunk, context in prefills:
+            seconds += self._pairs_s * chunk * (context + 0.5 * chunk) + self._prefill_context_s * context
+        if self._chunk_grid:
+            seconds -= self._shared * (len(prefills) - 1)
+            for chunk, context in prefills:
+                seconds += self._chunk_s(chunk, context)
+        return seconds
+
+    def _chunk_s(self, chunk: float, context: float) -> float:
+        """Seconds of attention of one prefill chunk over its prefix (bilinear)."""
+        chunks, contexts = self._chunk_grid, self._prefill_context_grid
+        i = min(max(bisect_right(chunks, chunk) - 1, 0), len(chunks) - 2)
+        j = min(max(bisect_right(contexts, context) - 1, 0), len(contexts) - 2)
+        u = (chunk - chunks[i]) / (chunks[i + 1] - chunks[i])
+        v = (context - contexts[j]) / (contexts[j + 1] - contexts[j])
+        low, high = self._chunk_rows[i], self._chunk_rows[i + 1]
+        left = low[j] + (low[j + 1] - low[j]) * v
+        right = high[j] + (high[j + 1] - high[j]) * v
+        return max(left + (right - left) * u, 0.0)
+
+    def decode_run_s(
+        self, decode_seqs: int, context_tokens: int, context_max: int, steps: int
+    ) -> npt.NDArray[np.float64]:
+        """Seconds of each of `steps` pure decode steps, shape (steps,); equals `step_s` on each."""
+        step = np.arange(steps, dtype=float)
+        total, longest = context_tokens + step * decode_seqs, context_max + step
+        fixed = self._tokens[decode_seqs] + self._sampled[decode_seqs] + self._decode[decode_seqs]
+        seconds: FloatArray = fixed + self._decode_context_s * total
+        if self._context_grid:
+            row, mean = self._decode_rows[decode_seqs], total / decode_seqs
+            at_mean = _row(mean, self._context_grid, row)
+            seconds = seconds + at_mean
+            if self._skew:
+                at_max = _row(longest, self._context_grid, row)
+                seconds = seconds + np.where(longest > mean, self._skew * (at_max - at_mean), 0.0)
+            over = int((mean > self._max_context).sum())
+            if over:
+                self._count("context_tokens", over)
+        if self._skew_tokens_s:
+            seconds = seconds + self._skew_tokens_s * np.maximum(0.0, decode_seqs * longest - total)
+        if self._has_host:
+            by_rows = self._host_sampled[decode_seqs] + self._host_decode[decode_seqs]
+            seconds = np.maximum(seconds, self._host_tokens[decode_seqs] + by_rows)
+        return seconds
+
+    def _count(self, key: str, times: int = 1) -> None:
+        self.beyond[key] = self.beyond.get(key, 0) + times
+
+
+def _row(x: FloatArray, grid: Sequence[float], values: Sequence[float]) -> FloatArray:
+    """Linear interpolation continued along the outer segments (unlike `np.interp`), as `_attention` does."""
+    g, v = np.asarray(grid), np.asarray(values)
+    index = np.clip(np.searchsorted(g, x, side="right") - 1, 0, len(g) - 2)
+    result: FloatArray = v[index] + (v[index + 1] - v[index]) * (x - g[index]) / (g[index + 1] - g[index])
+    return result
+
+
+def _curves(
+    terms: list[tuple[Mapping[str, Any], float]],
+    max_tokens: int,
+    max_seqs: int,
+    graphs: Sequence[int],
+    valid_tokens: int,
+    factor: float,
+) -> tuple[list[float], list[float], list[float], float, float]:
+    """Fold all terms that depend on one integer into lists.
+
+    Returns seconds by tokens (with everything constant), by sampled rows, by decode rows, per mixed
+    step and per prefill row.
+    """
+    tokens, seqs = np.arange(max_tokens + 1, dtype=float), np.arange(max_seqs + 1, dtype=float)
+    padded = padded_tokens(max_tokens, graphs)
+    by_tokens, by_sampled, by_decode = np.zeros(len(tokens)), np.zeros(len(seqs)), np.zeros(len(seqs))
+    scalar = dict.fromkeys(SCALAR_FEATURES, 0.0)
+    for term, coefficient in terms:
+        kind, feature = term["kind"], term.get("feature")
+        if kind == "tokens":
+            x = padded if term.get("padded") else tokens
+            by_tokens += coefficient * 1e-6 * curve(x, term["tokens"], term["time_us"])
+        elif kind == "sampled":
+            worth = coefficient * 1e-6 * curve(seqs, term["sequences"], term["time_us"])
+            worth[0] = 0.0
+            by_sampled += worth
+        elif feature in scalar:
+            scalar[feature] += coefficient
+        elif feature in ("tokens", "padded_tokens"):
+            x = padded if feature == "padded_tokens" else tokens
+            by_tokens += coefficient * segment(x, term.get("low"), term.get("high"))
+        elif feature in ("sampled_seqs", "decode_seqs"):
+            target = by_sampled if feature == "sampled_seqs" else by_decode
+            target += coefficient * segment(seqs, term.get("low"), term.get("high"))
+    if valid_tokens < max_tokens:
+        edge = by_tokens[valid_tokens]
+        by_tokens[valid_tokens:] = edge + (by_tokens[valid_tokens:] - edge) * factor
+    by_tokens += scalar["step"]
+    return (
+        by_tokens.tolist(),
+        by_sampled.tolist(),
+        by_decode.tolist(),
+        scalar["mixed_step"],
+        scalar["prefill_rows"],
+    )
