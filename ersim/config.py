@@ -69,7 +69,8 @@ class LengthsConfig:
     kind: conversation, code, summarisation (fitted distributions), prompts (as the prompt set
     says), constant. `prompt_tokens` and `output_tokens` are used by constant only.
     `output_scale` multiplies answer lengths; `max_tokens_factor` is declared / true length
-    (1.0 means that requests end by length, as with ignore_eos).
+    (1.0 means that requests end by length, as with ignore_eos). `max_total_tokens` cuts prompt and
+    answer together; None leaves long ones to the engine, which refuses or truncates them.
     """
 
     kind: str = "conversation"
@@ -77,6 +78,7 @@ class LengthsConfig:
     output_tokens: Optional[int] = None
     output_scale: float = 1.0
     max_tokens_factor: float = 1.0
+    max_total_tokens: Optional[int] = None
 
 
 @dataclass
@@ -107,7 +109,8 @@ class WorkloadConfig:
     think_s is the mean of an exponential think time; 0 means none.
     turns is the mean number of turns of a session (geometric); a later turn's prompt holds the
     earlier ones and their answers. `system_prompt_tokens` are shared by all requests to an expert.
-    ramp_s spreads the users' first requests evenly.
+    ramp_s spreads the users' first requests evenly. domain_weights are the domains' shares of the
+    requests (relative; a domain not named gets none); empty asks all prompts alike.
     """
 
     arrivals: str = "closed"
@@ -121,6 +124,7 @@ class WorkloadConfig:
     cv: float = 1.0
     trace_path: Optional[str] = None
     trace_speed: float = 1.0
+    domain_weights: dict[str, float] = field(default_factory=dict)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     prompts: PromptSetConfig = field(default_factory=PromptSetConfig)
 
@@ -282,6 +286,9 @@ def validate_workload(workload: WorkloadConfig, key: str = "workload") -> None:
     _at_least(f"{key}.system_prompt_tokens", workload.system_prompt_tokens, 0)
     _above(f"{key}.trace_speed", workload.trace_speed, 0)
     _above(f"{key}.cv", workload.cv, 0)
+    _at_least(f"{key}.lengths.max_total_tokens", workload.lengths.max_total_tokens, 2)
+    for domain, weight in workload.domain_weights.items():
+        _at_least(f"{key}.domain_weights.{domain}", weight, 0)
     _above(f"{key}.lengths.output_scale", workload.lengths.output_scale, 0)
     _at_least(f"{key}.lengths.max_tokens_factor", workload.lengths.max_tokens_factor, 1)
     if workload.arrivals in ("poisson", "gamma"):
@@ -311,14 +318,21 @@ def validate(config: SimulationConfig) -> None:
     gateway = config.gateway
     _at_least("gateway.workers", gateway.workers, 1)
     _at_least("gateway.queue_limit", gateway.queue_limit, 1)
-    for name in ("base_s", "per_prompt_token_s", "routing_s", "routing_per_char_s", "network_s", "backend_network_s"):
+    for name in (
+        "base_s",
+        "per_prompt_token_s",
+        "routing_s",
+        "routing_per_char_s",
+        "network_s",
+        "backend_network_s",
+    ):
         _at_least(f"gateway.{name}", getattr(gateway, name), 0)
     _above("objective.ttft_s", config.objective.ttft_s, 0)
     _above("objective.tpot_s", config.objective.tpot_s, 0)
     uncertainty = config.uncertainty
-    if uncertainty.replications != "auto":
-        if not str(uncertainty.replications).isdigit() or int(uncertainty.replications) < 1:
-            raise bad_value("uncertainty.replications", "auto or an integer >= 1", uncertainty.replications)
+    count = uncertainty.replications
+    if count != "auto" and not (str(count).isdigit() and int(count) >= 1):
+        raise bad_value("uncertainty.replications", "auto or an integer >= 1", count)
     _above("uncertainty.precision", uncertainty.precision, 0)
     _at_least("uncertainty.min_replications", uncertainty.min_replications, 2)
     _at_least("uncertainty.max_replications", uncertainty.max_replications, uncertainty.min_replications)

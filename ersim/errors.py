@@ -12,7 +12,7 @@ class ConfigError(ErsimError, ValueError):
 
 
 class DataError(ErsimError, ValueError):
-    """An input file (trace, prompt set, calibration, recorded run) that cannot be read as what it claims to be."""
+    """An input file (trace, prompt set, calibration, recorded run) that is not what it claims to be."""
 
 
 class DoesNotFitError(ConfigError):

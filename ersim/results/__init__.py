@@ -1,0 +1,28 @@
+"""What came out of a run: records, windows, figures, intervals."""
+
+from ersim.results.intervals import combine, mean_is_known, prediction_interval
+from ersim.results.percentiles import latency_statistics, weighted_quantiles
+from ersim.results.records import COMPLETED, FAILED, REJECTED, REQUEST_COLUMNS, Gaps, check_requests
+from ersim.results.summary import breakdown, in_window, latencies_s, summarise
+from ersim.results.warmup import Window, mser_cut, steady_window
+
+__all__ = [
+    "COMPLETED",
+    "FAILED",
+    "REJECTED",
+    "REQUEST_COLUMNS",
+    "Gaps",
+    "Window",
+    "breakdown",
+    "check_requests",
+    "combine",
+    "in_window",
+    "latencies_s",
+    "latency_statistics",
+    "mean_is_known",
+    "mser_cut",
+    "prediction_interval",
+    "steady_window",
+    "summarise",
+    "weighted_quantiles",
+]

@@ -1,0 +1,1 @@
+"""Small tools that know nothing of the model: atomic files, weighted statistics."""
