@@ -1,5 +1,6 @@
 """What came out of a run: records, windows, figures, intervals."""
 
+from ersim.results.compare import VALIDATED, Comparison, Difference, compare, difference
 from ersim.results.intervals import combine, mean_is_known, prediction_interval
 from ersim.results.percentiles import latency_statistics, weighted_quantiles
 from ersim.results.records import COMPLETED, FAILED, REJECTED, REQUEST_COLUMNS, Gaps, check_requests
@@ -11,11 +12,16 @@ __all__ = [
     "FAILED",
     "REJECTED",
     "REQUEST_COLUMNS",
+    "VALIDATED",
+    "Comparison",
+    "Difference",
     "Gaps",
     "Window",
     "breakdown",
     "check_requests",
     "combine",
+    "compare",
+    "difference",
     "in_window",
     "latencies_s",
     "latency_statistics",
