@@ -15,7 +15,10 @@ from ersim.errors import bad_value, unknown_choice
 
 @dataclass
 class EngineSettings:
-    """vLLM engine arguments, under vLLM's own names; None takes vLLM's default for the GPU."""
+    """vLLM engine arguments, under vLLM's own names; None takes vLLM's default for the GPU.
+
+    kv_cache_dtype: auto (16 bits) or fp8 (half the bytes a token).
+    """
 
     max_num_seqs: Optional[int] = None
     max_num_batched_tokens: Optional[int] = None
@@ -30,6 +33,7 @@ class EngineSettings:
     watermark: float = 0.0
     scheduler_reserve_full_isl: bool = True
     async_scheduling: Optional[bool] = None
+    kv_cache_dtype: str = "auto"
     speculative_tokens: int = 0
     max_loras: int = 0
 
@@ -221,6 +225,7 @@ PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
 ARRIVALS = ("closed", "poisson", "gamma", "trace")
 LENGTH_KINDS = ("conversation", "code", "summarisation", "prompts", "constant")
 POLICIES = ("fcfs", "priority")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 def _at_least(key: str, value: float | int | None, low: float | int) -> None:
@@ -247,6 +252,8 @@ def validate_engine(engine: EngineSettings, key: str) -> None:
     _at_least(f"{key}.long_prefill_token_threshold", engine.long_prefill_token_threshold, 0)
     if engine.policy not in POLICIES:
         raise unknown_choice(f"{key}.policy", engine.policy, POLICIES)
+    if engine.kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise unknown_choice(f"{key}.kv_cache_dtype", engine.kv_cache_dtype, KV_CACHE_DTYPES)
     for name in ("speculative_tokens", "max_loras"):
         if getattr(engine, name) != 0:
             raise bad_value(f"{key}.{name}", "0 (not modelled yet)", getattr(engine, name))
