@@ -54,19 +54,21 @@ def kv_blocks(
     max_num_batched_tokens: int,
     max_num_seqs: int,
     max_model_len: int,
+    kv_value_bytes: float = 2.0,
     key: str = "expert",
 ) -> int:
-    """KV blocks of `block_size` tokens that vLLM would allocate (the KV cache in 16 bits).
+    """KV blocks of `block_size` tokens that vLLM would allocate.
 
     Raises DoesNotFitError, with the shortage and what would fit, when the cache could not hold one
     request of `max_model_len` tokens: vLLM refuses to start then.
     """
     free = kv_cache_bytes(model, gpu, precision, tp, utilization, max_num_batched_tokens, max_num_seqs)
-    per_block = model.kv_bytes_per_token(tp) * block_size
+    per_token = model.kv_bytes_per_token(tp, kv_value_bytes)
+    per_block = per_token * block_size
     blocks = math.floor(free / per_block)
     if blocks * block_size >= max_model_len:
         return blocks
-    missing = max_model_len * model.kv_bytes_per_token(tp) - free
+    missing = max_model_len * per_token - free
     raise DoesNotFitError(
         f"{key}: {model.name} in {precision} with tp={tp} does not fit {gpu.name}: "
         f"{missing / 1e9:.2f} GB short on each GPU for weights and one request of {max_model_len} tokens "

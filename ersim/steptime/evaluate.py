@@ -18,6 +18,9 @@ from ersim.steptime.terms import curve, segment
 from ersim.types import Batch
 
 FloatArray = npt.NDArray[np.float64]
+FP8_KV_SCALE = (
+    0.65  # fp8 against 16-bit KV reading time where only 16 bits were measured (H100 and H200 tables)
+)
 EXTRAPOLATION_STD = 0.20  # spread (log) of what lies beyond a calibration's range, drawn once per sample
 SCALAR_FEATURES = ("step", "mixed_step", "prefill_rows")
 CONTEXT_FEATURES = ("decode_context_tokens", "decode_skew_tokens", "prefill_pairs", "prefill_context_tokens")
@@ -57,6 +60,7 @@ class PreparedStepTime:
         "_decode_context_s",
         "_decode_rows",
         "_has_host",
+        "_has_mixed",
         "_host_decode",
         "_host_mixed",
         "_host_prefill",
@@ -65,6 +69,10 @@ class PreparedStepTime:
         "_max_context",
         "_max_tokens",
         "_mixed",
+        "_mixed_seq",
+        "_mixed_skew",
+        "_mixed_tile",
+        "_mixed_token",
         "_pairs_s",
         "_prefill_context_grid",
         "_prefill_context_s",
@@ -87,6 +95,7 @@ class PreparedStepTime:
         max_context: int,
         graphs: Sequence[int],
         asynchronous: bool,
+        fp8_kv: bool = False,
         beyond_factor: float = 1.0,
     ) -> None:
         self.beyond: dict[str, int] = {}
@@ -110,15 +119,22 @@ class PreparedStepTime:
         for term, coefficient in gpu + exposed:
             if term["kind"] == "linear" and term["feature"] in weights:
                 weights[term["feature"]] += coefficient
-        self._decode_context_s = weights["decode_context_tokens"]
-        self._skew_tokens_s = weights["decode_skew_tokens"]
+        kv_scale = FP8_KV_SCALE if fp8_kv else 1.0
+        self._decode_context_s = weights["decode_context_tokens"] * kv_scale
+        self._skew_tokens_s = weights["decode_skew_tokens"] * kv_scale
         self._pairs_s = weights["prefill_pairs"]
         self._prefill_context_s = weights["prefill_context_tokens"]
-        self._prepare_decode(gpu, max_seqs, max_context, beyond_factor)
+        self._prepare_decode(gpu, max_seqs, max_context, fp8_kv, beyond_factor)
+        self._prepare_mixed(gpu, kv_scale)
         self._prepare_prefill(gpu, max_context)
 
     def _prepare_decode(
-        self, terms: list[tuple[Mapping[str, Any], float]], max_seqs: int, max_context: int, factor: float
+        self,
+        terms: list[tuple[Mapping[str, Any], float]],
+        max_seqs: int,
+        max_context: int,
+        fp8_kv: bool,
+        factor: float,
     ) -> None:
         tables = [(t, c) for t, c in terms if t["kind"] == "decode_attention"]
         self._context_grid: list[float] = []
@@ -131,7 +147,7 @@ class PreparedStepTime:
         seqs = np.arange(max_seqs + 1, dtype=float)
         total = np.zeros((len(seqs), len(grid)))
         for term, coefficient in tables:
-            values = np.asarray(term["time_us"], float) * 1e-6
+            values = np.asarray(_decode_table(term, fp8_kv), float) * 1e-6
             wide = np.stack([curve(grid, term["context_tokens"], row) for row in values])
             last = wide[:, -2:-1]
             wide[:, -1:] = last + (wide[:, -1:] - last) * factor
@@ -140,6 +156,18 @@ class PreparedStepTime:
             )
         self._skew = float(np.mean([t["skew"] for t, _ in tables]))
         self._context_grid, self._decode_rows = grid.tolist(), total.tolist()
+
+    def _prepare_mixed(self, terms: list[tuple[Mapping[str, Any], float]], kv_scale: float) -> None:
+        self._mixed_seq = self._mixed_tile = self._mixed_token = self._mixed_skew = 0.0
+        self._has_mixed = False
+        for term, coefficient in terms:
+            mixed = term.get("mixed")
+            if mixed is not None:
+                self._has_mixed = True
+                self._mixed_seq += coefficient * mixed["seq_us"] * 1e-6
+                self._mixed_tile += coefficient * mixed["tile_us"] * 1e-6
+                self._mixed_token += coefficient * mixed["token_us"] * 1e-6 * kv_scale
+                self._mixed_skew = mixed["skew"]
 
     def _prepare_prefill(self, terms: list[tuple[Mapping[str, Any], float]], max_context: int) -> None:
         tables = [(t, c) for t, c in terms if t["kind"] == "prefill_attention"]
@@ -169,7 +197,9 @@ class PreparedStepTime:
         if rows:
             total = batch.decode_context_tokens
             seconds += self._decode[rows] + self._decode_context_s * total
-            if self._context_grid:
+            if self._has_mixed and batch.prefills:
+                seconds += self._mixed_decode_s(batch)
+            elif self._context_grid:
                 mean, longest = total / rows, batch.decode_context_max
                 seconds += self._attention(rows, mean)
                 if longest > mean and self._skew:
@@ -177,7 +207,7 @@ class PreparedStepTime:
             if self._skew_tokens_s:
                 seconds += self._skew_tokens_s * max(0.0, rows * batch.decode_context_max - total)
         if batch.prefills:
-            seconds += self._prefill_s(batch.prefills)
+            seconds += self._prefill_s(batch.prefills, rows > 0)
         if self._has_host:
             host = (
                 self._host_tokens[tokens] + self._host_sampled[batch.sampled_seqs] + self._host_decode[rows]
@@ -202,13 +232,23 @@ class PreparedStepTime:
         low, left = grid[index], row[index]
         return left + (row[index + 1] - left) * (context - low) / (grid[index + 1] - low)
 
-    def _prefill_s(self, prefills: Sequence[tuple[int, int]]) -> float:
+    def _mixed_decode_s(self, batch: Batch) -> float:
+        """Seconds of decode rows' attention inside a step that also prefills."""
+        rows, total = batch.decode_seqs, batch.decode_context_tokens
+        tiles = -(-max(chunk for chunk, _ in batch.prefills) // 128)
+        uneven = max(0.0, rows * batch.decode_context_max - total)
+        return rows * (self._mixed_seq + tiles * self._mixed_tile) + self._mixed_token * (
+            total + self._mixed_skew * uneven
+        )
+
+    def _prefill_s(self, prefills: Sequence[tuple[int, int]], decoding: bool) -> float:
         """Seconds that a step's prefill chunks add: attention and launches."""
         seconds = self._mixed + self._prefill_row * len(prefills)
         for chunk, context in prefills:
             seconds += self._pairs_s * chunk * (context + 0.5 * chunk) + self._prefill_context_s * context
         if self._chunk_grid:
-            seconds -= self._shared * (len(prefills) - 1)
+            launches_saved = len(prefills) - 1 + (decoding and not self._has_mixed)
+            seconds -= self._shared * launches_saved
             for chunk, context in prefills:
                 seconds += self._chunk_s(chunk, context)
         return seconds
@@ -252,6 +292,16 @@ class PreparedStepTime:
 
     def _count(self, key: str, times: int = 1) -> None:
         self.beyond[key] = self.beyond.get(key, 0) + times
+
+
+def _decode_table(term: Mapping[str, Any], fp8_kv: bool) -> Any:
+    """The table for the KV cache's width; where fp8 was not measured, contexts cost FP8_KV_SCALE as much."""
+    if not fp8_kv:
+        return term["time_us"]
+    if term.get("fp8_time_us") is not None:
+        return term["fp8_time_us"]
+    table = np.asarray(term["time_us"], float)
+    return table[:, :1] + (table - table[:, :1]) * FP8_KV_SCALE
 
 
 def _row(x: FloatArray, grid: Sequence[float], values: Sequence[float]) -> FloatArray:

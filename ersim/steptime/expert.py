@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import yaml
@@ -48,6 +46,7 @@ class ResolvedEngine:
     watermark: float
     scheduler_reserve_full_isl: bool
     async_scheduling: bool
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class ExpertModel:
             max_context=self.engine.max_model_len,
             graphs=graphs,
             asynchronous=self.engine.async_scheduling,
+            fp8_kv=self.engine.kv_cache_dtype == "fp8",
             beyond_factor=factor,
         )
 
@@ -135,13 +135,7 @@ def _choose(expert: ExpertConfig, model: ModelSpec, gpu: GpuSpec | None, precisi
     path = None
     if expert.calibration == "auto":
         path = calibrations.find(gpu.name, model.name, precision, expert.tp)
-    return load_cached(path) if path else build_roofline(model, gpu, precision, expert.tp)
-
-
-@cache
-def load_cached(path: Path) -> Calibration:
-    """`calibrations.load`, once per file and process (committed files do not change under a run)."""
-    return calibrations.load(path)
+    return calibrations.load(path) if path else build_roofline(model, gpu, precision, expert.tp)
 
 
 def _resolve_engine(
@@ -189,6 +183,7 @@ def _resolve_engine(
             max_num_batched_tokens=tokens,
             max_num_seqs=seqs,
             max_model_len=length,
+            kv_value_bytes=1.0 if settings.kv_cache_dtype == "fp8" else 2.0,
             key=key,
         )
     return ResolvedEngine(
@@ -205,6 +200,7 @@ def _resolve_engine(
         watermark=settings.watermark,
         scheduler_reserve_full_isl=settings.scheduler_reserve_full_isl,
         async_scheduling=asynchronous,
+        kv_cache_dtype=settings.kv_cache_dtype,
     )
 
 
@@ -219,6 +215,7 @@ def _recorded_blocks(
         "max_num_seqs": seqs,
         "max_num_batched_tokens": tokens,
         "gpu_memory_utilization": expert.engine.gpu_memory_utilization,
+        "kv_cache_dtype": expert.engine.kv_cache_dtype,
     }
     if chosen.gpu == "cpu":  # the CPU back end's cache size is set in bytes, not by these
         asked = {"block_size": block}

@@ -8,8 +8,11 @@ tokens: tokens, time_us, padded
     curve over the step's tokens, padded to CUDA-graph sizes if `padded`.
 sampled: sequences, time_us
     curve over rows that emit a token.
-decode_attention: sequences, context_tokens, time_us[][], skew
+decode_attention: sequences, context_tokens, time_us[][], skew; optional fp8_time_us[][], mixed
     table over decode rows and their mean context, plus skew times the excess of the longest context.
+    fp8_time_us replaces time_us when the KV cache is fp8. mixed = {seq_us, tile_us, token_us, skew}: in a
+    step that also prefills the rows cost seq_us + tile_us for each 128 tokens of the longest chunk, and
+    token_us per token of context plus skew of it per token that the longest exceeds the others by.
 prefill_attention: chunk_tokens, context_tokens, time_us[][], shared_us
     table over chunk and prefix, summed over chunks, less shared_us (one launch) for each further chunk.
 linear: feature (one of FEATURES), low, high
@@ -50,6 +53,8 @@ HOST_FEATURES = (
     "prefill_rows",
 )
 CURVE_FEATURES = ("tokens", "padded_tokens", "sampled_seqs", "decode_seqs")  # may have low and high
+
+MIXED_FIELDS = ("seq_us", "tile_us", "token_us", "skew")
 
 
 def check_term(term: Any, where: str) -> None:
@@ -102,8 +107,24 @@ def _check_table(term: Mapping[str, Any], where: str, rows: str, extra: str) -> 
         if len(_numbers(row, f"{where}.time_us[{index}]")) != len(columns):
             raise DataError(f"{where}.time_us[{index}] must have {len(columns)} entries, one per context")
     value = term.get(extra)
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if not _is_share(value):
         raise DataError(f"{where}.{extra} must be a number >= 0, got {value!r}")
+
+
+def _is_share(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
+
+
+def _check_decode(term: Mapping[str, Any], where: str) -> None:
+    _check_table(term, where, "sequences", "skew")
+    if term.get("fp8_time_us") is not None:
+        _check_table({**term, "time_us": term["fp8_time_us"]}, f"{where} (fp8_time_us)", "sequences", "skew")
+    mixed = term.get("mixed")
+    if mixed is not None:
+        for name in MIXED_FIELDS:
+            if not isinstance(mixed, Mapping) or not _is_share(mixed.get(name)):
+                raise DataError(f"{where}.mixed.{name} must be a number >= 0, got {mixed!r}")
 
 
 def _check_linear(term: Mapping[str, Any], where: str) -> None:
@@ -120,7 +141,7 @@ def _check_linear(term: Mapping[str, Any], where: str) -> None:
 CHECKS = {
     "tokens": lambda term, where: _check_curve(term, where, "tokens"),
     "sampled": lambda term, where: _check_curve(term, where, "sequences"),
-    "decode_attention": lambda term, where: _check_table(term, where, "sequences", "skew"),
+    "decode_attention": _check_decode,
     "prefill_attention": lambda term, where: _check_table(term, where, "chunk_tokens", "shared_us"),
     "linear": _check_linear,
 }
