@@ -1,0 +1,101 @@
+"""Read CSV, JSONL and Parquet files as tables, and check their columns, with errors a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from ersim.errors import DataError
+
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".parquet": pd.read_parquet,
+    ".csv": pd.read_csv,
+    ".csv.gz": pd.read_csv,
+    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
+}
+
+
+def _suffix(path: Path) -> str:
+    return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), "")
+
+
+def read_table(path: str | Path, key: str) -> pd.DataFrame:
+    """The table in a .parquet, .csv, .csv.gz or .jsonl file; `key` is the config key that named it.
+
+    Raises DataError when the file is missing, empty, of another type, or not what its name says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{key}: no such file: {path} (relative to {Path.cwd()})")
+    suffix = _suffix(path)
+    if not suffix:
+        raise DataError(f"{key}: {path} must end in one of: {', '.join(READERS)}")
+    try:
+        table = READERS[suffix](path)
+    except (ValueError, OSError, UnicodeError, pd.errors.ParserError) as error:
+        # pyarrow's ArrowInvalid and pandas' EmptyDataError are ValueErrors too
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{key}: {path} cannot be read as {suffix[1:]}: {reason}") from error
+    if table.empty:
+        raise DataError(f"{key}: {path} holds no rows")
+    return table
+
+
+def find_column(table: pd.DataFrame, names: Iterable[str]) -> str | None:
+    """The first of `names` that the table has, ignoring case; None when it has none of them."""
+    lower = {str(column).lower(): str(column) for column in table.columns}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def require_column(table: pd.DataFrame, column: str, path: str | Path, key: str) -> pd.Series:
+    """That column; DataError naming the file, the key that asked for it and the columns there are."""
+    if column not in table.columns:
+        there = ", ".join(str(name) for name in table.columns)
+        raise DataError(f"{path} has no column {column!r} (asked for by {key}); its columns are: {there}")
+    return table[column]
+
+
+def whole_numbers(values: pd.Series, path: str | Path, least: int) -> npt.NDArray[np.int64]:
+    """The column as integers >= least, shape (rows,); DataError names the first row that is not one.
+
+    Rows are counted from 1, without the header.
+    """
+    numbers = _numbers(values)
+    with np.errstate(invalid="ignore"):
+        good = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (numbers >= least)
+    _refuse_first(good, values, path, f"a whole number >= {least}")
+    return np.asarray(numbers, np.int64)
+
+
+def real_numbers(
+    values: pd.Series, path: str | Path, low: float = -np.inf, high: float = np.inf
+) -> npt.NDArray[np.float64]:
+    """The column as finite numbers in [low, high], shape (rows,); DataError names the first that is not."""
+    numbers = _numbers(values)
+    with np.errstate(invalid="ignore"):
+        good = np.isfinite(numbers) & (numbers >= low) & (numbers <= high)
+    _refuse_first(good, values, path, f"a finite number in [{low}, {high}]")
+    return numbers
+
+
+def _numbers(values: pd.Series) -> npt.NDArray[np.float64]:
+    """The column as floats, NaN where a value is no number."""
+    return np.asarray(pd.to_numeric(values, errors="coerce").to_numpy(np.float64, na_value=np.nan))
+
+
+def _refuse_first(good: npt.NDArray[np.bool_], values: pd.Series, path: str | Path, must: str) -> None:
+    if good.all():
+        return
+    row = int(np.argmin(good))
+    raise DataError(f"{path}: row {row + 1}: {values.name} must be {must}, got {values.iloc[row]!r}")
+
+
+def texts(values: pd.Series, path: str | Path) -> Sequence[str]:
+    """The column as non-empty strings; DataError names the first row that is none."""
+    good = np.array([isinstance(value, str) and bool(value.strip()) for value in values], np.bool_)
+    _refuse_first(good, values, path, "a non-empty text")
+    return list(values)
