@@ -1,0 +1,45 @@
+"""Numbers out of prompt text: tf-idf + SVD, sentence embedding, surface counts, or sums of these.
+
+`build_features("tfidf+surface", seed-free params)` makes the extractor that policies use. Every
+extractor reads one prompt at a time in the same arithmetic, so that a batch and single calls give
+bit-equal rows: the simulator precomputes what the gateway computes per request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ersim.errors import ConfigError, unknown_choice
+from ersim.routing.features.base import Features, Joined
+from ersim.routing.features.embedding import SentenceEmbedding
+from ersim.routing.features.surface import Surface
+from ersim.routing.features.tfidf import TfidfSvd
+
+__all__ = ["FEATURES", "Features", "Joined", "SentenceEmbedding", "Surface", "TfidfSvd", "build_features"]
+
+FEATURES: Mapping[str, type[Features]] = {
+    "tfidf": TfidfSvd,
+    "embedding": SentenceEmbedding,
+    "surface": Surface,
+}
+
+
+def build_features(spec: str, params: Mapping[str, Any] | None = None) -> Features:
+    """Make the extractor for `spec`, such as ``tfidf`` or ``embedding+surface``.
+
+    params: keyword arguments per part, e.g. ``{"tfidf": {"dims": 50}}``. ConfigError names an
+    unknown part or argument.
+    """
+    params = params or {}
+    parts = [part.strip() for part in spec.split("+")]
+    for part in [*parts, *params]:
+        if part not in FEATURES:
+            raise unknown_choice("router.params.features", part, FEATURES)
+    made = []
+    for part in parts:
+        try:
+            made.append(FEATURES[part](**params.get(part, {})))
+        except TypeError as error:
+            raise ConfigError(f"router.params.feature_params.{part}: {error}") from error
+    return made[0] if len(made) == 1 else Joined(made)
