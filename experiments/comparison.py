@@ -1,0 +1,149 @@
+"""What a sweep found, side by side: comparison.csv and the table in the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ersim.errors import DataError
+from ersim.util.files import write_atomically
+from experiments.job import ERROR, SUMMARY
+
+MANIFEST = "sweep.json"
+COMPARISON = "comparison.csv"
+
+# Column, heading, format, whether more is better: the figures that the terminal shows.
+SHOWN: tuple[tuple[str, str, str, bool], ...] = (
+    ("output_throughput", "output tokens/s", ",.0f", True),
+    ("median_ttft_ms", "median TTFT, ms", ",.0f", False),
+    ("p99_ttft_ms", "p99 TTFT, ms", ",.0f", False),
+    ("median_tpot_ms", "median TPOT, ms", ",.1f", False),
+    ("median_e2el_ms", "median E2E, ms", ",.0f", False),
+    ("usd_per_mtok_output", "US$ per million output tokens", ",.2f", False),
+)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The sweep's sweep.json. Raises DataError if `folder` is not a sweep."""
+    path = folder / MANIFEST
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as a sweep's manifest ({error}); name a sweep's folder"
+        ) from error
+    if "jobs" not in loaded:
+        raise DataError(f"{path} has no jobs: not a sweep's manifest")
+    return loaded
+
+
+def read_jobs(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every job with its `status` (finished, failed, missing), `summary` and `error`, None where absent."""
+    jobs = []
+    for entry in manifest["jobs"]:
+        home = folder / entry["folder"]
+        summary, error = _read_json(home / SUMMARY), _read_json(home / ERROR)
+        status = "failed" if error else "finished" if summary else "missing"
+        jobs.append({**entry, "home": home, "status": status, "summary": summary, "error": error})
+    return jobs
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); delete the folder and run the job again") from error
+    return loaded
+
+
+def numbers(summary: dict[str, Any]) -> dict[str, float]:
+    """The summary's scalar figures, flags as 0 and 1."""
+    return {key: float(value) for key, value in summary.items() if isinstance(value, (int, float))}
+
+
+def compare(jobs: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per job, finished or not: what was varied, its status, all scalar figures."""
+    rows = []
+    for job in jobs:
+        row = {key: job[key] for key in ("job", "line", "fleet", "users", "seed", "status", "folder")}
+        row.update({f"override:{key}": value for key, value in job["overrides"].items() if key not in row})
+        if job["status"] == "finished":
+            summary = job["summary"]
+            row.update({key: summary[key] for key in ("router", "calibrated", "steady") if key in summary})
+            row.update({key: value for key, value in numbers(summary).items() if key not in row})
+        elif job["error"]:
+            row["error"] = job["error"]["error"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write_comparison(folder: Path, frame: pd.DataFrame) -> Path:
+    """Write comparison.csv into the sweep's folder, atomically."""
+    path = folder / COMPARISON
+    write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False))
+    return path
+
+
+def show(frame: pd.DataFrame) -> str:
+    """The comparison as text: one block per figure, lines down, users across, best marked.
+
+    Seeds are averaged. `*` marks the best at that load and every line whose interval overlaps the
+    best one's: they cannot be told apart.
+    """
+    done = frame[frame["status"] == "finished"]
+    if done.empty:
+        return "no job finished"
+    blocks = []
+    for column, heading, form, more in SHOWN:
+        if column in done and done[column].notna().any():
+            blocks.append(_block(done, column, heading, form, more))
+    if (done["line"].nunique() > 1) and blocks:
+        blocks.append("* best at this load, or not to be told apart from it (90 % intervals overlap)")
+    return "\n\n".join(blocks)
+
+
+def _block(done: pd.DataFrame, column: str, heading: str, form: str, more: bool) -> str:
+    lines = list(dict.fromkeys(done["line"]))
+    users = sorted(done["users"].unique())
+    values = done.pivot_table(index="line", columns="users", values=column)
+    marks = _best(done, column, more) if len(lines) > 1 else set()
+    rows = [[heading, *(f"{count} users" if i == 0 else str(count) for i, count in enumerate(users))]]
+    for line in lines:
+        cells = [_cell(values, line, count, form, (line, count) in marks) for count in users]
+        rows.append([line, *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = []
+    for row in rows:
+        first, *rest = (
+            cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)
+        )
+        text.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(text)
+
+
+def _cell(values: pd.DataFrame, line: str, users: int, form: str, best: bool) -> str:
+    if line not in values.index or users not in values.columns or pd.isna(values.loc[line, users]):
+        return "- "
+    return f"{values.loc[line, users]:{form}}{'*' if best else ' '}"
+
+
+def _best(done: pd.DataFrame, column: str, more: bool) -> set[tuple[str, int]]:
+    """(line, users) of the best line at each load and of those whose interval overlaps its interval."""
+    low = f"{column}_low" if f"{column}_low" in done else column
+    high = f"{column}_high" if f"{column}_high" in done else column
+    marks: set[tuple[str, int]] = set()
+    for users, group in done.groupby("users"):
+        means = group.groupby("line")[[column, low, high]].mean().dropna(subset=[column])
+        if means.empty:
+            continue
+        means[low] = means[low].fillna(means[column])
+        means[high] = means[high].fillna(means[column])
+        winner = means.loc[means[column].idxmax() if more else means[column].idxmin()]
+        alike = (means[low] <= winner[high]) & (means[high] >= winner[low])
+        marks.update((str(line), int(users)) for line in means.index[alike])  # type: ignore[call-overload]
+    return marks

@@ -1,0 +1,259 @@
+"""The figures of a sweep: each metric against users, one line per fleet; cost against tail latency.
+
+Readable without the code: units on the axes, lines labelled where they end, colours of Okabe and
+Ito's palette (distinguishable with every common colour blindness) and a marker of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ersim.util.files import write_atomically
+
+# Okabe & Ito (2008), "Color Universal Design"; yellow left out: too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLE: dict[str, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric: its columns (line, lower and upper edge of the band), what to call it, its scale."""
+
+    name: str
+    title: str
+    axis: str
+    line: str
+    low: str | None
+    high: str | None
+    scale: float = 1.0
+    log: bool = True
+    band: str = ""
+
+
+PANELS = (
+    Panel(
+        "throughput",
+        "Output throughput",
+        "output tokens per second",
+        "output_throughput",
+        "output_throughput_low",
+        "output_throughput_high",
+        band="band: 90 % interval",
+    ),
+    Panel(
+        "ttft",
+        "Time to first token (TTFT)",
+        "seconds",
+        "median_ttft_ms",
+        "median_ttft_ms",
+        "p99_ttft_ms",
+        scale=1e-3,
+        band="line: median, band: up to p99",
+    ),
+    Panel(
+        "tpot",
+        "Time per output token (TPOT)",
+        "milliseconds",
+        "median_tpot_ms",
+        "median_tpot_ms",
+        "p99_tpot_ms",
+        band="line: median, band: up to p99",
+    ),
+    Panel(
+        "e2e",
+        "End-to-end latency (E2E)",
+        "seconds",
+        "median_e2el_ms",
+        "median_e2el_ms",
+        "p99_e2el_ms",
+        scale=1e-3,
+        band="line: median, band: up to p99",
+    ),
+)
+COST_X, COST_Y = "p99_ttft_ms", "usd_per_mtok_output"
+
+
+def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Draw all figures that the finished jobs allow into `folder`; returns the PNGs written."""
+    done = frame[frame["status"] == "finished"]
+    if done.empty:
+        return []
+    lines = list(dict.fromkeys(done["line"]))
+    points = done.groupby(["line", "users"], sort=False).mean(numeric_only=True).reset_index()
+    written = []
+    with plt.rc_context(STYLE):
+        panels = [panel for panel in PANELS if panel.line in points and points[panel.line].notna().any()]
+        for panel in panels:
+            written.append(_save(_one(points, lines, panel, title), folder / f"{panel.name}.png"))
+        if panels:
+            written.append(_save(_overview(points, lines, panels, title), folder / "overview.png"))
+        if {COST_X, COST_Y} <= set(points) and points[COST_Y].notna().any():
+            written.append(_save(_cost(points, lines, title), folder / "cost.png"))
+    return written
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, bbox_inches="tight"))
+    plt.close(figure)
+    return path
+
+
+def _one(points: pd.DataFrame, lines: Sequence[str], panel: Panel, title: str) -> Figure:
+    figure, axes = plt.subplots(figsize=(8.2, 5.0))
+    _draw(axes, points, lines, panel, bands=True, labels=True)
+    axes.set_title(f"{panel.title}\n", loc="left")
+    axes.text(0, 1.02, f"{title}; {panel.band}", transform=axes.transAxes, fontsize=9, color="#555555")
+    return figure
+
+
+def _overview(points: pd.DataFrame, lines: Sequence[str], panels: Sequence[Panel], title: str) -> Figure:
+    figure, grid = plt.subplots(2, 2, figsize=(13.5, 8.6))
+    for i, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
+        _draw(axes, points, lines, panel, bands=False, labels=i % 2 == 1)
+        median = "" if panel.name == "throughput" else ", median"
+        axes.set_title(f"{panel.title}{median}")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, x=0.07, y=0.99, ha="left", fontsize=12)
+    figure.tight_layout()
+    return figure
+
+
+def _draw(
+    axes: Axes, points: pd.DataFrame, lines: Sequence[str], panel: Panel, *, bands: bool, labels: bool
+) -> None:
+    """One line per fleet on log axes, with its band and a label where it ends."""
+    ends = []
+    for index, line in enumerate(lines):
+        own = points[points["line"] == line].sort_values("users")
+        users, values = own["users"].to_numpy(float), own[panel.line].to_numpy(float) * panel.scale
+        colour, marker = _look(index)
+        axes.plot(users, values, color=colour, marker=marker, markersize=5, linewidth=1.8)
+        if bands and panel.low in own and panel.high in own:
+            low, high = own[panel.low].to_numpy(float), own[panel.high].to_numpy(float)
+            axes.fill_between(
+                users, low * panel.scale, high * panel.scale, color=colour, alpha=0.10, linewidth=0
+            )
+            axes.plot(users, high * panel.scale, color=colour, linewidth=0.8, linestyle=":")
+        if len(values) and np.isfinite(values[-1]):
+            ends.append((users[-1], float(values[-1]), line, colour))
+    if points["users"].nunique() > 1:
+        axes.set_xscale("log")
+    if panel.log:
+        axes.set_yscale("log")
+    axes.set_xlabel("concurrent users")
+    axes.set_ylabel(panel.axis)
+    _plain_ticks(axes)
+    axes.set_xticks(_user_ticks(sorted(points["users"].unique())))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if labels:
+        _label_ends(axes, ends)
+
+
+def _look(index: int) -> tuple[str, str]:
+    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+
+
+def _user_ticks(users: Sequence[int]) -> list[int]:
+    """At most six ticks, powers of ten first."""
+    tens = [count for count in users if str(count).strip("0") == "1"]
+    return tens if 2 <= len(tens) else list(users)[:: max(1, len(users) // 6)]
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """1,000 rather than 10^3."""
+    plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(plain)
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log" and high / max(low, 1e-12) > 30:
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_minor_formatter(plain)
+        axes.tick_params(axis="y", which="minor", labelsize=9)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each line's name right of its last point, pushed apart so that none covers another."""
+    if not ends:
+        return
+    to_share = axes.transData + axes.transAxes.inverted()
+    placed = sorted((float(to_share.transform((x, y))[1]), y, x, name, colour) for x, y, name, colour in ends)
+    gap = 0.062
+    heights: list[float] = []
+    for height, *_ in placed:
+        heights.append(max(height, heights[-1] + gap) if heights else height)
+    over = max(0.0, heights[-1] - 1.0)
+    heights = [height - over for height in heights]
+    for i in range(len(heights) - 2, -1, -1):
+        heights[i] = min(heights[i], heights[i + 1] - gap)
+    for height, (_, y, x, name, colour) in zip(heights, placed, strict=True):
+        axes.annotate(
+            name,
+            xy=(x, y),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=10,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+        )
+
+
+def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
+    """Cost against p99 TTFT: one curve per fleet through its loads; lower left is better."""
+    figure, axes = plt.subplots(figsize=(8.2, 5.4))
+    for index, line in enumerate(lines):
+        own = points[(points["line"] == line) & points[COST_Y].notna()].sort_values("users")
+        if own.empty:
+            continue
+        x, y = own[COST_X].to_numpy(float) * 1e-3, own[COST_Y].to_numpy(float)
+        colour, marker = _look(index)
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=line)
+        for users, here, cost in zip(own["users"], x, y, strict=True):
+            if users in (own["users"].min(), own["users"].max()):
+                axes.annotate(
+                    f"{users:,.0f}",
+                    (here, cost),
+                    textcoords="offset points",
+                    xytext=(4, 5),
+                    fontsize=8,
+                    color=colour,
+                )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("p99 TTFT, seconds")
+    axes.set_ylabel("US$ per million output tokens")
+    _plain_ticks(axes)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("Cost against tail latency\n", loc="left")
+    note = f"{title}; each curve runs from the fewest to the most users (numbers); lower left is better"
+    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="#555555")
+    axes.legend(frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,78 @@
+"""A progress bar on standard error: what runs now, how much is done, how long is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+
+class Progress:
+    """Progress over jobs of known weight; a bar on a terminal, one line per job elsewhere."""
+
+    def __init__(self, weights: dict[int, float]) -> None:
+        self._weights = weights
+        self._total = sum(weights.values()) or 1.0
+        self._done_weight = 0.0
+        self._done = 0
+        self._running: dict[int, str] = {}
+        self._began_s = time.perf_counter()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            self._bar = self._make_bar()
+            self._task = self._bar.add_task("starting", total=self._total, left="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @staticmethod
+    def _make_bar() -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            BarColumn(30),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}"),
+        )
+        return Bar(*columns, console=Console(stderr=True), transient=True)
+
+    def started(self, job: int, label: str) -> None:
+        """Say that `job` runs now."""
+        self._running[job] = label
+        if self._bar is not None:
+            self._show()
+
+    def ended(self, job: int, failed: bool) -> None:
+        """Say that `job` has ended."""
+        label = self._running.pop(job)
+        self._done += 1
+        self._done_weight += self._weights[job]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done_weight)
+            self._show()
+        else:
+            state = "FAILED" if failed else "done"
+            print(f"[{self._done}/{len(self._weights)}] {label}: {state}, {self._left()}", file=sys.stderr)
+
+    def _left(self) -> str:
+        if self._done_weight == 0:
+            return ""
+        elapsed = time.perf_counter() - self._began_s
+        return f"about {elapsed * (self._total / self._done_weight - 1):.0f} s left"
+
+    def _show(self) -> None:
+        count = f"{self._done}/{len(self._weights)}"
+        running = " | ".join(self._running.values())
+        self._bar.update(self._task, description=running, left=f"{count}, {self._left()}".rstrip(", "))

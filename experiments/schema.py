@@ -1,0 +1,55 @@
+"""What the `ersim` command composes: the simulation's typed config and what surrounds a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ersim.config import SimulationConfig
+from ersim.errors import ConfigError
+
+
+@dataclass
+class TrackingConfig:
+    """Where results are logged.
+
+    enabled: None logs sweeps and leaves single runs alone. uri: None takes MLFLOW_TRACKING_URI or
+    the sqlite store under mlflow/. experiment: the MLflow experiment's name.
+    """
+
+    enabled: Optional[bool] = None
+    uri: Optional[str] = None
+    experiment: str = "ersim"
+
+
+@dataclass
+class RunConfig(SimulationConfig):
+    """A simulation, the name of the study it belongs to, and where it is logged."""
+
+    name: str = "adhoc"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def register() -> None:
+    """Put the schema and our sweeper and launcher into Hydra's config store."""
+    store = ConfigStore.instance()
+    store.store(name="ersim_schema", node=RunConfig)
+
+
+def to_run(config: DictConfig) -> RunConfig:
+    """The composed config as typed objects. Raises ConfigError that names the key at fault."""
+    try:
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise ConfigError(f"{key} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def to_simulation(run: RunConfig) -> SimulationConfig:
+    """The part that the model sees: results do not depend on a study's name or on tracking."""
+    values: dict[str, Any] = {item.name: getattr(run, item.name) for item in fields(SimulationConfig)}
+    return SimulationConfig(**values)

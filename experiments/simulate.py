@@ -1,0 +1,68 @@
+"""The `ersim` command: simulate one configuration, or sweep many.
+
+`ersim` prints the summary of one run. `ersim -m users=1,10,100 fleet=a,b` sweeps.
+`ersim experiment=flagship` is a sweep kept in a file. See `ersim --help`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# One thread per process: results must not depend on the number of cores, and sweeps use the cores.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from ersim.errors import ErsimError
+from experiments.paths import conf_dir
+from experiments.schema import register
+
+
+def _task(config: DictConfig) -> None:
+    """One job, in the folder that Hydra made for it; single runs print their summary."""
+    from experiments.job import run_job
+
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    try:
+        summary = run_job(config, folder)
+    except ErsimError as error:
+        raise CompactHydraException(str(error)) from error
+    if settings.mode is RunMode.MULTIRUN:
+        return
+    from experiments.single import show_single
+
+    show_single(config, summary, folder)
+
+
+def main() -> None:
+    """Run the command line in sys.argv."""
+    try:
+        conf = conf_dir()
+    except ErsimError as error:
+        print(f"ersim: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    register()
+    command = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(_task)
+    try:
+        command()
+    except SystemExit as leaving:
+        if leaving.code == 1:
+            from experiments.hints import print_hints
+
+            print_hints(sys.argv[1:], conf)
+        raise
+    except KeyboardInterrupt:
+        print("ersim: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
