@@ -1,0 +1,119 @@
+"""Builds calibrations from raw measurements; `experiments.calibrate` is its command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ersim.errors import bad_value
+from ersim.steptime.calibration import Calibration, file_name
+from ersim.steptime.specs import canonical_precision, load_gpu, load_model
+from experiments import layer_profile, op_tables
+from experiments.overheads import Overheads, coefficients, host_terms, load_overheads
+
+TABLES_SOURCE = "AIConfigurator-core 0.12.0 operator tables (Apache-2.0)"
+PROFILE_SOURCE = "LLMServingSim 2.0 layer profile (MIT), eager, dummy weights"
+
+
+def from_tables(
+    folder: Path, gpu: str, model: str, precision: str, tp: int, overheads: Overheads | None = None
+) -> Calibration:
+    """Add up the operator tables in `folder`. Raises DataError when they lack what is needed."""
+    overheads = overheads or load_overheads()
+    precision = canonical_precision(precision)
+    tables = op_tables.OpTables(folder, load_gpu(gpu))
+    terms = op_tables.gpu_terms(tables, load_model(model), precision, tp)
+    derived = op_tables.derivation(gpu, precision)
+    return _assemble(
+        terms,
+        overheads,
+        source="tables",
+        identity=(gpu, model, precision, tp),
+        derived=derived,
+        vllm_version=tables.vllm_version,
+        date="2025-10",
+        valid={
+            "tokens": [1, int(tables.token_grid[-1])],
+            "decode_seqs": [1, op_tables.DECODE_SEQS[-1]],
+            "context_tokens": [0, 32768],
+        },
+        provenance={
+            "source": TABLES_SOURCE,
+            "statistic": "mean of 6 timed runs after 3 warm-ups, CUDA graphs",
+        },
+        fit={"held_out": "one measured point in two", "held_out_mape": interpolation_error(terms)},
+    )
+
+
+def from_profile(
+    folder: Path, gpu: str, model: str, tp: int, overheads: Overheads | None = None
+) -> Calibration:
+    """Add up the layer profile in `folder`. Raises DataError when it lacks what is needed."""
+    overheads = overheads or load_overheads()
+    profile = layer_profile.LayerProfile(folder, tp)
+    terms = layer_profile.gpu_terms(profile, load_model(model), load_gpu(gpu))
+    _, mixed_error = layer_profile.fit_mixed(profile.attention())
+    derived = "the all-reduce is datasheet arithmetic" if tp > 1 else None
+    return _assemble(
+        terms,
+        overheads,
+        source="profile",
+        identity=(gpu, model, "bf16", tp),
+        derived=derived,
+        vllm_version=str(profile.meta.get("vllm_version")),
+        date=str(profile.meta.get("profiled_at", ""))[:10],
+        valid={"tokens": [1, 2048], "decode_seqs": [1, 256], "context_tokens": [0, 16384]},
+        provenance={"source": PROFILE_SOURCE, "gpu": str(profile.meta.get("gpu"))},
+        fit={
+            "held_out": "one profiled point in two",
+            "held_out_mape": interpolation_error(terms),
+            "mixed_attention_mape": round(mixed_error, 4),
+        },
+    )
+
+
+def _assemble(
+    terms: list[dict[str, Any]],
+    overheads: Overheads,
+    *,
+    source: str,
+    identity: tuple[str, str, str, int],
+    derived: str | None,
+    **fields: Any,
+) -> Calibration:
+    gpu, model, precision, tp = identity
+    theta, covariance = coefficients(terms, overheads, derived is not None)
+    host, _ = host_terms(overheads)
+    return Calibration(
+        name=f"{gpu}/{file_name(model, precision, tp, source).removesuffix('.json')}",
+        source=source,
+        model=model,
+        precision=precision,
+        gpu=gpu,
+        tp=tp,
+        terms=tuple([*terms, *host]),
+        theta=tuple(theta),
+        covariance=tuple(map(tuple, covariance)),
+        residual_rel_std=overheads.residual_rel_std,
+        derived=derived,
+        frontend=overheads.frontend,
+        **fields,
+    )
+
+
+def interpolation_error(terms: Sequence[Mapping[str, Any]]) -> float:
+    """Mean relative error at every second point of the token curve, interpolated from the others.
+
+    An upper bound of what linear interpolation adds: the grid in use is twice as fine.
+    """
+    curve = next((term for term in terms if term["kind"] == "tokens"), None)
+    if curve is None:
+        raise bad_value("terms", "with at least one token curve", [term["kind"] for term in terms])
+    tokens, times = curve["tokens"], curve["time_us"]
+    errors = []
+    for i in range(1, len(tokens) - 1, 2):
+        share = (tokens[i] - tokens[i - 1]) / (tokens[i + 1] - tokens[i - 1])
+        guess = times[i - 1] + share * (times[i + 1] - times[i - 1])
+        errors.append(abs(guess / times[i] - 1))
+    return round(sum(errors) / len(errors), 4)

@@ -1,0 +1,173 @@
+"""Reads layer-wise profiles of a vLLM model and adds them up to a calibration (source ``profile``).
+
+A profile folder (LLMServingSim's layout, microseconds of one layer) holds ``dense.csv``,
+``per_sequence.csv``, ``attention.csv`` and ``skew_fit.csv`` per TP degree. Attention of steps that mix
+prefill and decode was profiled as such: what decode rows add is fitted to rows, tiles and tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import yaml
+from scipy.optimize import nnls
+
+from ersim.errors import DataError
+from ersim.steptime.specs import GpuSpec, ModelSpec
+from experiments.op_tables import curve_term, us
+
+FloatArray = npt.NDArray[np.float64]
+ONCE_PER_STEP = ("embedding", "final_layernorm")
+TWICE_PER_LAYER = ("layernorm",)
+TOKENS_KEPT = 90  # of 171 profiled token counts, to keep files small: every step of the curve stays
+
+
+class LayerProfile:
+    """One profile folder at one TP degree."""
+
+    def __init__(self, folder: Path, tp: int) -> None:
+        self.folder, self.tp = folder / f"tp{tp}", tp
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder} is missing; give a profile folder with tp{tp}/ in data=<folder>")
+        self.meta: dict[str, Any] = yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8"))
+
+    def _read(self, name: str, columns: tuple[str, ...]) -> pd.DataFrame:
+        path = self.folder / name
+        if not path.is_file():
+            raise DataError(f"{path} is missing from the profile")
+        frame = pd.read_csv(path)
+        for column in columns:
+            if column not in frame:
+                raise DataError(f"{path}: column {column} is missing, found {', '.join(frame.columns)}")
+        return frame
+
+    def dense_s(self, layers: int) -> tuple[FloatArray, FloatArray]:
+        """Token counts and seconds of everything that runs on the step's tokens, all layers."""
+        frame = self._read("dense.csv", ("layer", "tokens", "time_us"))
+        table = frame.pivot_table(index="tokens", columns="layer", values="time_us")
+        total = np.zeros(len(table))
+        for layer in table.columns:
+            times = 2 if layer in TWICE_PER_LAYER else 1
+            total += table[layer].to_numpy() * times * (1 if layer in ONCE_PER_STEP else layers)
+        return table.index.to_numpy(float), total * 1e-6
+
+    def per_sequence_s(self) -> tuple[FloatArray, FloatArray]:
+        """Sampled rows and seconds of LM head and sampler."""
+        frame = self._read("per_sequence.csv", ("layer", "sequences", "time_us"))
+        total = frame.groupby("sequences").time_us.sum()
+        return total.index.to_numpy(float), total.to_numpy() * 1e-6
+
+    def attention(self) -> pd.DataFrame:
+        """One layer's attention by prefill_chunk, kv_prefill, n_decode, kv_decode (time_us)."""
+        columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
+        return self._read("attention.csv", columns)
+
+    def skew(self) -> float:
+        """Alpha of pure decode steps of 8 to 128 uneven rows, weighted by samples."""
+        frame = self._read("skew_fit.csv", ("pc", "n_label", "alpha", "n_samples"))
+        rows = frame[(frame.pc == 0) & frame.n_label.isin(["n<=16", "n<=32", "n<=64", "n<=128"])]
+        return max(0.0, float(np.average(rows.alpha, weights=rows.n_samples)))
+
+    def mixed_skew(self) -> float:
+        """The same for steps that also prefill."""
+        frame = self._read("skew_fit.csv", ("pc", "n_label", "alpha", "n_samples"))
+        rows = frame[(frame.pc > 0) & frame.n_label.isin(["n<=16", "n<=32", "n<=64", "n<=128"])]
+        return max(0.0, float(np.average(rows.alpha, weights=rows.n_samples)))
+
+
+def fit_mixed(attention: pd.DataFrame) -> tuple[dict[str, float], float]:
+    """What decode rows add to a prefill step: seq_us, tile_us, token_us of one layer; and its error.
+
+    Non-negative least squares on relative error over all profiled mixed batches whose prefill alone
+    was profiled too. The error is the mean absolute one as a share of the batch's attention.
+    """
+    alone = attention[attention.n_decode == 0].set_index(["prefill_chunk", "kv_prefill"]).time_us
+    mixed = attention[(attention.prefill_chunk > 0) & (attention.n_decode > 0)]
+    mixed = mixed[(mixed.kv_decode <= 8192) & (mixed.kv_prefill <= 8192)]
+    keys = list(zip(mixed.prefill_chunk, mixed.kv_prefill, strict=True))
+    base = np.asarray([alone.get(key, np.nan) for key in keys])
+    mixed, base = mixed[~np.isnan(base)], base[~np.isnan(base)]
+    rows, total = mixed.n_decode.to_numpy(float), mixed.time_us.to_numpy(float)
+    tiles = np.ceil(mixed.prefill_chunk.to_numpy(float) / 128)
+    matrix = np.stack([rows, rows * tiles, rows * mixed.kv_decode.to_numpy(float)], axis=1)
+    theta, _ = nnls(matrix / total[:, None], (total - base) / total)
+    error = float(np.mean(np.abs(matrix @ theta - (total - base)) / total))
+    return dict(zip(("seq_us", "tile_us", "token_us"), theta.tolist(), strict=True)), error
+
+
+def _grid(frame: pd.DataFrame, rows: str, columns: str) -> tuple[list[int], list[int], FloatArray]:
+    """A complete table of time_us: missing cells are interpolated along the context."""
+    table = frame.pivot_table(index=rows, columns=columns, values="time_us").sort_index().sort_index(axis=1)
+    contexts = table.columns.to_numpy(float)
+    filled = []
+    for _, row in table.iterrows():
+        known = row.notna().to_numpy()
+        filled.append(np.interp(contexts, contexts[known], row.to_numpy(float)[known]))
+    return [int(x) for x in table.index], [int(x) for x in contexts], np.asarray(filled)
+
+
+def _thin(tokens: FloatArray, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Drop points that linear interpolation between their neighbours reproduces within 0.3 %."""
+    keep = [0]
+    for index in range(1, len(tokens) - 1):
+        start, stop = keep[-1], index + 1
+        inner = slice(start + 1, stop)
+        guess = np.interp(tokens[inner], tokens[[start, stop]], seconds[[start, stop]])
+        if np.max(np.abs(guess / seconds[inner] - 1)) > 0.003:
+            keep.append(index)
+    keep.append(len(tokens) - 1)
+    return tokens[keep], seconds[keep]
+
+
+def gpu_terms(profile: LayerProfile, model: ModelSpec, gpu: GpuSpec) -> list[dict[str, Any]]:
+    """All GPU terms of a calibration from a profile, each still to be multiplied by its coefficient."""
+    layers = model.num_layers
+    attention = profile.attention()
+    terms = [curve_term("linear maps", *_thin(*profile.dense_s(layers)))]
+    if profile.tp > 1:
+        terms.append(_all_reduce(model, gpu, profile.tp))
+    sequences, head = profile.per_sequence_s()
+    sampled = {"sequences": sequences.astype(int).tolist(), "time_us": us(head)}
+    terms.append({"kind": "sampled", "side": "gpu", "label": "LM head and sampler", **sampled})
+    decode = attention[(attention.prefill_chunk == 0) & (attention.n_decode > 0)]
+    rows, contexts, times = _grid(decode, "n_decode", "kv_decode")
+    mixed, _ = fit_mixed(attention)
+    scaled = {name: float(f"{value * layers:.4g}") for name, value in mixed.items()}
+    terms.append(
+        {
+            "kind": "decode_attention",
+            "side": "gpu",
+            "label": "decode attention",
+            "sequences": rows,
+            "context_tokens": contexts,
+            "time_us": [us(row) for row in layers * times * 1e-6],
+            "skew": round(profile.skew(), 4),
+            "mixed": {**scaled, "skew": round(profile.mixed_skew(), 4)},
+        }
+    )
+    prefill = attention[(attention.n_decode == 0) & (attention.prefill_chunk > 0)]
+    rows, contexts, times = _grid(prefill, "prefill_chunk", "kv_prefill")
+    terms.append(
+        {
+            "kind": "prefill_attention",
+            "side": "gpu",
+            "label": "prefill attention",
+            "chunk_tokens": rows,
+            "context_tokens": contexts,
+            "time_us": [us(row) for row in layers * times * 1e-6],
+            "shared_us": us(np.asarray([layers * times[0, 0] * 1e-6]))[0],
+        }
+    )
+    return terms
+
+
+def _all_reduce(model: ModelSpec, gpu: GpuSpec, tp: int) -> dict[str, Any]:
+    """Two all-reduces a layer over the GPU's link by datasheet: profiles hold none."""
+    tokens = np.asarray((1, 16, 64, 256, 512, 1024, 2048, 4096, 8192), dtype=float)
+    moved = tokens * model.hidden_size * 2 * 2 * (tp - 1) / tp
+    seconds = 2 * model.num_layers * (gpu.link_latency_s + moved / (0.7 * gpu.link_bytes_s))
+    return curve_term("all-reduce", tokens, seconds)

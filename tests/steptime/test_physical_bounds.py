@@ -1,0 +1,56 @@
+"""No committed calibration may beat the datasheet: FLOPs / peak for prefill, bytes / bandwidth for decode."""
+
+from __future__ import annotations
+
+import pytest
+
+from ersim.config import EngineSettings, ExpertConfig
+from ersim.steptime import build_expert_model, list_files, load, load_gpu, load_model
+from ersim.types import Batch
+
+FILES = [path for path in list_files() if load(path).gpu != "cpu"]
+
+
+def _expert(path):
+    calibration = load(path)
+    config = ExpertConfig(
+        model=calibration.model,
+        precision=calibration.precision,
+        gpu=calibration.gpu,
+        tp=calibration.tp,
+        calibration=str(path),
+        engine=EngineSettings(
+            max_num_seqs=256, max_num_batched_tokens=8192, kv_blocks=10_000, max_model_len=32_768
+        ),
+    )
+    return build_expert_model(config, "expert"), calibration
+
+
+def test_there_are_calibrations():
+    assert len(FILES) > 80
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_prefill_never_beats_peak_flops(path):
+    expert, calibration = _expert(path)
+    model, gpu, tp = load_model(calibration.model), load_gpu(calibration.gpu), calibration.tp
+    # Weight-only precisions compute in bf16; A100 has no fp8 cores.
+    peak = gpu.flops["bf16"] if calibration.precision == "int4" else gpu.peak_flops(calibration.precision)
+    time = expert.step_time(None)
+    for chunk, context in ((256, 0), (1024, 0), (2048, 0), (2048, 8192), (512, 16_384)):
+        step = time.step_s(Batch(chunk, 0, 0, 0, [(chunk, context)], 0))
+        linear = chunk * model.linear_flops_per_token(tp) / peak
+        attention = model.attention_flops(chunk, context, tp) / gpu.flops["bf16"]
+        assert step >= linear + attention, (chunk, context)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_decode_never_beats_bandwidth(path):
+    expert, calibration = _expert(path)
+    model, gpu, tp = load_model(calibration.model), load_gpu(calibration.gpu), calibration.tp
+    weights = model.weight_bytes(calibration.precision, tp) - 2.0 * model.embedding_params / 2 / tp
+    time = expert.step_time(None)
+    for rows, context in ((1, 128), (1, 16_384), (16, 2048), (64, 4096), (256, 1024)):
+        step = time.step_s(Batch(rows, rows, rows * context, context, [], rows))
+        read = weights + rows * context * model.kv_bytes_per_token(tp)
+        assert step >= read / gpu.bandwidth_bytes_s, (rows, context)
