@@ -183,7 +183,7 @@ def _look(index: int) -> tuple[str, str]:
 def _user_ticks(users: Sequence[int]) -> list[int]:
     """At most six ticks, powers of ten first."""
     tens = [count for count in users if str(count).strip("0") == "1"]
-    return tens if 2 <= len(tens) else list(users)[:: max(1, len(users) // 6)]
+    return tens if len(tens) >= 2 else list(users)[:: max(1, len(users) // 6)]
 
 
 def _plain_ticks(axes: Axes) -> None:

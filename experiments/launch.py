@@ -82,9 +82,9 @@ def _job(launcher: ProcessLauncher, overrides: list[str], number: int) -> Job:
         config = launcher.composed[number]
     else:
         config = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, overrides)
-    with open_dict(config):
-        config.hydra.job.id = number
-        config.hydra.job.num = number
+        with open_dict(config):
+            config.hydra.job.id = number
+            config.hydra.job.num = number
     return Job(number, config, overrides)
 
 

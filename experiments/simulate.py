@@ -4,6 +4,8 @@
 `ersim experiment=flagship` is a sweep kept in a file. See `ersim --help`.
 """
 
+# ruff: noqa: E402 (threads are limited before anything imports numpy)
+
 from __future__ import annotations
 
 import os

@@ -33,9 +33,10 @@ def show_single(config: DictConfig, summary: dict[str, Any], folder: Path) -> No
     print(describe(summary))
     print(f"files: {folder}")
     if config.tracking.enabled:
-        from experiments.tracking import log_single
+        from experiments.tracking import log_run
 
-        print(log_single(folder, config))
+        logged = log_run(folder, config, summary, config.tracking)
+        print(f"MLflow: run {logged['run_id']} (`make ui` opens the UI)")
     scalars = {key: value for key, value in summary.items() if not isinstance(value, (dict, list))}
     print(to_json({"command": "ersim", "folder": str(folder), **scalars}, indent=None))
 

@@ -106,9 +106,10 @@ def manifest(
         )
     first = runs[0]
     tracking = first.tracking
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:6]
     return {
         "name": first.name,
-        "sweep_id": f"{first.name}-{time.strftime('%Y%m%d-%H%M%S')}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}",
+        "sweep_id": f"{first.name}-{time.strftime('%Y%m%d-%H%M%S')}-{digest}",
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "swept": swept,
