@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from ersim.errors import DataError
 from ersim.steptime.calibration import Calibration
@@ -118,6 +117,8 @@ def fit_nonnegative(matrix: FloatArray, durations_s: FloatArray) -> FloatArray:
     weighted = matrix / durations_s[:, None]
     scale = np.linalg.norm(weighted, axis=0)
     scale[scale == 0.0] = 1.0
+    from scipy.optimize import nnls  # late: half a second that simulations do not need
+
     solution, _ = nnls(weighted / scale, np.ones(len(durations_s)))
     return np.asarray(solution / scale, dtype=float)
 
