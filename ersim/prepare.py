@@ -1,0 +1,78 @@
+"""What many runs share: prompt set, fitted policy, resolved experts. Made once, used by every replication."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ersim.config import ExpertConfig, FleetConfig, PromptSetConfig, RouterConfig, SimulationConfig
+from ersim.routing import Policy, build_policy, split_prompts
+from ersim.steptime import ExpertModel, build_expert_model
+from ersim.system.dispatch import static_decisions
+from ersim.types import ExpertState, FleetState
+from ersim.workload import PromptSet, load_prompt_set
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A fitted policy, the prompts that may be asked, and its decisions where they are static."""
+
+    policy: Policy
+    ask: Sequence[int]
+    known: Sequence[int] | None
+
+
+class Preparations:
+    """Keeps what was prepared, by the configuration it was prepared from; one per process or notebook."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[str, PromptSet] = {}
+        self._routing: dict[str, Routing] = {}
+        self._experts: dict[str, ExpertModel] = {}
+
+    def prompt_set(self, config: PromptSetConfig) -> PromptSet:
+        """The prompt set of a configuration."""
+        key = _key(asdict(config))
+        if key not in self._prompts:
+            self._prompts[key] = load_prompt_set(config)
+        return self._prompts[key]
+
+    def expert(self, config: ExpertConfig, key: str) -> ExpertModel:
+        """An expert with calibration and KV capacity; `key` is its name in error messages."""
+        known = _key(asdict(config))
+        if known not in self._experts:
+            self._experts[known] = build_expert_model(config, key)
+        return self._experts[known]
+
+    def expert_states(self, fleet: FleetConfig) -> list[ExpertState]:
+        """The fleet's experts as a policy may see them before anything runs."""
+        states = []
+        for name, config in fleet.experts.items():
+            slots = self.expert(config, f"fleet.experts.{name}").engine.max_num_seqs * config.replicas
+            states.append(ExpertState(name, config.model, tuple(config.domains), replicas=(), slots=slots))
+        return states
+
+    def routing(self, config: SimulationConfig) -> Routing:
+        """The policy of a run, fitted on the training part of the prompts with the run's seed."""
+        prompts = self.prompt_set(config.workload.prompts)
+        states = self.expert_states(config.fleet)
+        identity = [(state.name, state.model, state.domains, state.slots) for state in states]
+        key = _key([asdict(config.router), identity, prompts.digest, config.seed])
+        if key not in self._routing:
+            self._routing[key] = _fit(config.router, states, prompts, config.seed)
+        return self._routing[key]
+
+
+def _fit(router: RouterConfig, states: Sequence[ExpertState], prompts: PromptSet, seed: int) -> Routing:
+    train, ask = split_prompts(prompts.prompts, router.train_fraction, seed)
+    training = [prompts.prompts[index] for index in train]
+    policy = build_policy(router, states, training, seed)
+    if policy.sees_asked:  # the oracle alone
+        policy.reveal(prompts.prompts)
+    asked = ask if len(ask) else range(len(prompts.prompts))
+    return Routing(policy, asked, static_decisions(policy, prompts.prompts, FleetState(states)))
+
+
+def _key(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -1,0 +1,296 @@
+"""The Python entry point: one configuration in, figures with intervals and every request out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ersim.config import SimulationConfig, validate
+from ersim.engine import VLLM_VERSION
+from ersim.errors import SimulationError
+from ersim.prepare import Preparations
+from ersim.results import (
+    Gaps,
+    Window,
+    breakdown,
+    combine,
+    in_window,
+    mean_is_known,
+    steady_window,
+    summarise,
+)
+from ersim.results.records import COMPLETED
+from ersim.steptime import ExpertModel
+from ersim.system import RunOutput, System
+from ersim.types import StepTime
+from ersim.util.files import write_atomically, write_json
+from ersim.workload import build_workload
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a simulation found.
+
+    summary: figures with `_low` and `_high`, blocks per expert and per domain; deterministic.
+    requests: one row per request of the first replication. replications: every replication's own
+    summary. calibrations: identity of each expert's calibration. wall_s is the only figure that
+    depends on the machine, and is therefore kept apart.
+    """
+
+    config: SimulationConfig
+    summary: dict[str, Any]
+    requests: pd.DataFrame
+    gaps: Gaps
+    window: Window
+    replications: list[dict[str, Any]]
+    calibrations: dict[str, dict[str, Any]]
+    wall_s: float = field(compare=False)
+
+    def write(self, folder: Path | str) -> None:
+        """Write summary.json, replications.json, calibration.json and requests.parquet, each atomically."""
+        target = Path(folder)
+        write_atomically(
+            target / "requests.parquet", lambda path: self.requests.to_parquet(path, index=False)
+        )
+        write_json(target / "calibration.json", self.calibrations)
+        write_json(target / "replications.json", self.replications)
+        write_json(target / "summary.json", self.summary)
+
+
+def simulate(config: SimulationConfig, preparations: Preparations | None = None) -> Result:
+    """Simulate one configuration, with as many replications as its intervals need.
+
+    Pass the same `preparations` to several calls to load prompts and fit policies once.
+    Raises ConfigError, DataError or DoesNotFitError for bad input, SimulationError for a run that
+    ended without a single finished request.
+    """
+    started = time.perf_counter()
+    validate(config)
+    shared = preparations or Preparations()
+    experts = [
+        shared.expert(expert, f"fleet.experts.{name}") for name, expert in config.fleet.experts.items()
+    ]
+    summaries: list[dict[str, Any]] = []
+    first: tuple[RunOutput, Window] | None = None
+    while not _enough(config, summaries):
+        output = replicate(config, shared, experts, len(summaries))
+        window = measurement_window(output, config)
+        summaries.append(_figures(config, experts, output, window))
+        first = first or (output, window)
+    assert first is not None
+    output, window = first
+    summary = _summary(config, experts, shared, summaries)
+    return Result(
+        config=config,
+        summary=summary,
+        requests=output.requests,
+        gaps=output.gaps,
+        window=window,
+        replications=summaries,
+        calibrations=_identities(config, experts),
+        wall_s=time.perf_counter() - started,
+    )
+
+
+def replicate(
+    config: SimulationConfig, shared: Preparations, experts: Sequence[ExpertModel], replication: int
+) -> RunOutput:
+    """Run one replication. Its seeds depend on the config's seed and its number only.
+
+    Compared fleets therefore see the same users, prompts and lengths (common random numbers), and
+    all experts draw their coefficients from one stream: an error of the method, shared by experts,
+    stays shared.
+    """
+    seed = int(np.random.SeedSequence([config.seed, replication]).generate_state(1)[0])
+    routing = shared.routing(config)
+    prompts = shared.prompt_set(config.workload.prompts)
+    workload = build_workload(config.workload, prompts, config.users, seed, routing.ask)
+    system = System(
+        config,
+        experts,
+        _step_times(config, experts, seed, replication),
+        prompts.prompts,
+        workload,
+        deepcopy(routing.policy),  # policies with a memory start every replication afresh
+        None if config.faults else routing.known,  # who is down is not known beforehand
+        seed,
+    )
+    output = system.run()
+    if not output.counts.balanced:
+        raise SimulationError(f"requests were lost: {output.counts}")
+    if not (output.requests["status"] == COMPLETED).any():
+        raise SimulationError(_nothing_finished(output))
+    return output
+
+
+def _step_times(
+    config: SimulationConfig, experts: Sequence[ExpertModel], seed: int, replication: int
+) -> list[StepTime]:
+    """Mean step times for a single replication, drawn ones as soon as there are several."""
+    single = str(config.uncertainty.replications) == "1"
+    sample = config.uncertainty.sample_calibration and not single
+    return [expert.step_time(np.random.default_rng([seed, 5]) if sample else None) for expert in experts]
+
+
+def _nothing_finished(output: RunOutput) -> str:
+    counts = output.counts
+    errors = output.requests["error"].dropna()
+    last = f"; last error: {errors.iloc[-1]}" if len(errors) else ""
+    return (
+        f"no request finished: {counts.rejected} rejected, {counts.failed} failed, "
+        f"{counts.on_replicas} on replicas{last}{'; ' + output.problem if output.problem else ''}"
+    )
+
+
+def measurement_window(output: RunOutput, config: SimulationConfig) -> Window:
+    """The steady part of a run; a trace is measured whole, since its load is what it is."""
+    done = output.requests[output.requests["status"] == COMPLETED]
+    if config.workload.arrivals == "trace":
+        return Window(0.0, output.end_s, True)
+    ended = done["last_token_s"].to_numpy()
+    return steady_window(ended, ended - done["send_s"].to_numpy(), 0.0)
+
+
+def _enough(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) -> bool:
+    wanted = config.uncertainty
+    if str(wanted.replications) != "auto":
+        return len(summaries) >= int(wanted.replications)
+    if len(summaries) < wanted.min_replications:
+        return False
+    return len(summaries) >= wanted.max_replications or mean_is_known(
+        summaries, wanted.precision, wanted.level
+    )
+
+
+def _figures(
+    config: SimulationConfig, experts: Sequence[ExpertModel], output: RunOutput, window: Window
+) -> dict[str, Any]:
+    """All figures of one replication."""
+    objective = config.objective
+    figures = summarise(
+        output.requests,
+        output.gaps,
+        window,
+        ttft_objective_s=objective.ttft_s,
+        tpot_objective_s=objective.tpot_s,
+    )
+    figures.update(_cost(config, experts, figures))
+    per_expert = breakdown(output.requests, window, "expert")
+    for index, name in enumerate(config.fleet.experts):
+        block = per_expert.setdefault(name, {"completed": 0, "share": 0.0})
+        block.update(_occupancy(experts[index], output, index, window))
+    energy = _energy_joules(experts, per_expert, list(config.fleet.experts), window)
+    tokens = (figures["output_throughput"] or 0.0) * window.duration_s
+    figures["joules_per_output_token"] = energy / tokens if energy is not None and tokens else None
+    figures["load_imbalance"] = _imbalance(in_window(output.requests, window), config)
+    figures["problem"] = output.problem
+    figures["per_expert"] = per_expert
+    figures["per_domain"] = breakdown(output.requests, window, "domain")
+    return figures
+
+
+def _occupancy(expert: ExpertModel, output: RunOutput, index: int, window: Window) -> dict[str, float]:
+    """Busy share, batch size and KV use of an expert's replicas, averaged over them."""
+    logs = output.step_logs[index]
+    per_replica = [log.occupancy(window.start_s, window.end_s) for log in logs]
+    usable = max(1, expert.engine.kv_blocks - 1)
+    mean = {key: float(np.mean([row[key] for row in per_replica])) for key in per_replica[0]}
+    return {
+        "busy_share": mean["busy_share"],
+        "tokens_per_step": mean["tokens_per_step"],
+        "mean_kv_used_fraction": mean["mean_kv_blocks"] / usable,
+        "peak_kv_used_fraction": max(row["peak_kv_blocks"] for row in per_replica) / usable,
+    }
+
+
+def _cost(
+    config: SimulationConfig, experts: Sequence[ExpertModel], figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """GPUs, their price, and what a million output tokens cost at this load."""
+    counts = [expert.replicas for expert in config.fleet.experts.values()]
+    gpus = sum(model.gpus_per_replica * count for model, count in zip(experts, counts, strict=True))
+    prices = [model.usd_per_hour for model in experts]
+    if any(price is None for price in prices):
+        return {"gpus": gpus, "usd_per_hour": None, "usd_per_mtok_output": None}
+    usd_per_hour = sum(price * count for price, count in zip(prices, counts, strict=True) if price)
+    throughput = figures["output_throughput"]
+    per_mtok = usd_per_hour / 3600 / throughput * 1e6 if throughput else None
+    return {"gpus": gpus, "usd_per_hour": usd_per_hour, "usd_per_mtok_output": per_mtok}
+
+
+def _energy_joules(
+    experts: Sequence[ExpertModel],
+    per_expert: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    window: Window,
+) -> float | None:
+    """Joules of the whole fleet in the window; None unless every calibration has a power model."""
+    total = 0.0
+    for name, expert in zip(names, experts, strict=True):
+        joules = expert.energy(per_expert[name]["busy_share"] * window.duration_s, window.duration_s)
+        if joules is None:
+            return None
+        total += joules
+    return total
+
+
+def _imbalance(inside: pd.DataFrame, config: SimulationConfig) -> float | None:
+    """Busiest expert's requests per replica over the mean; 1 is perfect balance."""
+    if not len(inside):
+        return None
+    counts = inside["expert"].value_counts()
+    per_replica = [counts.get(name, 0) / expert.replicas for name, expert in config.fleet.experts.items()]
+    return float(max(per_replica) / np.mean(per_replica))
+
+
+def _identities(config: SimulationConfig, experts: Sequence[ExpertModel]) -> dict[str, dict[str, Any]]:
+    """Which calibration timed which expert, and with which resolved engine settings."""
+    identities = {}
+    for name, expert in zip(config.fleet.experts, experts, strict=True):
+        calibration = expert.calibration
+        identities[name] = {
+            "name": calibration.name,
+            "source": calibration.source,
+            "calibrated": calibration.calibrated,
+            "vllm_version": calibration.vllm_version,
+            "digest": calibration.digest,
+            "warnings": list(calibration.warnings),
+            "engine": asdict(expert.engine),
+        }
+    return identities
+
+
+def _summary(
+    config: SimulationConfig,
+    experts: Sequence[ExpertModel],
+    shared: Preparations,
+    summaries: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The reported summary: what was run, then the combined figures."""
+    warnings = sorted({warning for expert in experts for warning in expert.calibration.warnings})
+    prompts = shared.prompt_set(config.workload.prompts)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "fleet": config.fleet.name,
+        "router": config.router.policy,
+        "users": config.users,
+        "max_concurrency": config.users if config.workload.arrivals == "closed" else None,
+        "request_rate": config.workload.rate_rps,
+        "seed": config.seed,
+        "replications": len(summaries),
+        "interval_level": config.uncertainty.level,
+        "engine_equals_vllm": VLLM_VERSION,
+        "calibrated": all(expert.calibration.calibrated for expert in experts),
+        "warnings": warnings,
+        "prompt_set": {"name": prompts.name, "digest": prompts.digest, "prompts": len(prompts.prompts)},
+        **combine(summaries, config.uncertainty.level),
+    }

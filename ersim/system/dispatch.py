@@ -1,0 +1,77 @@
+"""Which expert and which replica, and how long the gateway takes to find out.
+
+A policy whose decision depends on the prompt alone is asked once per prompt before the run; the
+others see the fleet's state at the moment of the decision. Every request is charged its routing
+time all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ersim.config import GatewayConfig
+from ersim.errors import SimulationError
+from ersim.routing import Balancer, Policy
+from ersim.system.inflight import InFlight
+from ersim.types import FleetState, Prompt, ReplicaState, RoutingQuery
+
+
+def routing_times_s(config: GatewayConfig, policy: Policy, prompts: Sequence[Prompt]) -> list[float]:
+    """Routing time per prompt: the policy's measured time, or what the configuration says instead."""
+    if config.routing_s is None and config.routing_per_char_s is None:
+        return [policy.routing_s(len(prompt.text)) for prompt in prompts]
+    base_s, per_char_s = config.routing_s or 0.0, config.routing_per_char_s or 0.0
+    return [base_s + per_char_s * len(prompt.text) for prompt in prompts]
+
+
+def service_time(config: GatewayConfig, routing_s: Sequence[float]) -> Callable[[InFlight], float]:
+    """A worker's time per request: fixed part, part by prompt length, routing."""
+    base_s, per_token_s = config.base_s, config.per_prompt_token_s
+
+    def service_s(flight: InFlight) -> float:
+        routing = flight.routing_s = routing_s[flight.request.prompt_index]
+        return base_s + per_token_s * flight.prompt_tokens + routing
+
+    return service_s
+
+
+def queries(prompts: Sequence[Prompt]) -> list[RoutingQuery]:
+    """What the router may know of each prompt."""
+    return [RoutingQuery(prompt.text, prompt.prompt_tokens) for prompt in prompts]
+
+
+def static_decisions(policy: Policy, prompts: Sequence[Prompt], fleet: FleetState) -> list[int] | None:
+    """The expert of every prompt for a static policy; None for one that looks at the fleet."""
+    if not policy.static:
+        return None
+    scores = policy.score(queries(prompts))
+    return [policy.choose(row, fleet).expert for row in scores]
+
+
+def decider(
+    policy: Policy, prompts: Sequence[Prompt], fleet: FleetState, known: Sequence[int] | None
+) -> Callable[[InFlight], int]:
+    """The function that names a request's expert; `known` are the decisions made beforehand."""
+    count = len(fleet.experts)
+    if known is not None:
+        return lambda flight: known[flight.request.prompt_index]
+    scores = np.asarray(policy.score(queries(prompts)))
+
+    def decide(flight: InFlight) -> int:
+        chosen = policy.choose(scores[flight.request.prompt_index], fleet).expert
+        if not 0 <= chosen < count:
+            raise SimulationError(f"policy {policy.name} chose expert {chosen} of {count}")
+        return chosen
+
+    return decide
+
+
+def picker(balancers: Sequence[Balancer], replicas: Sequence[Sequence[ReplicaState]]) -> Callable[[int], int]:
+    """The function that names an expert's replica; each expert has a balancer of its own."""
+
+    def pick(expert: int) -> int:
+        return balancers[expert].pick(replicas[expert])
+
+    return pick

@@ -1,0 +1,164 @@
+"""Recording without slowing down: flat arrays while the run goes on, frames afterwards."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from ersim.results.records import REQUEST_COLUMNS, STATUSES, Gaps
+from ersim.system.inflight import InFlight
+
+# Numbers of one request, in the order in which `RequestLog.add` writes them. Indices stand for
+# names until `frame` resolves them. Doubles hold every integer that occurs here exactly.
+_FIELDS = (
+    "request_id",
+    "user",
+    "session",
+    "turn",
+    "prompt_index",
+    "expert",
+    "replica",
+    "prompt_tokens",
+    "output_tokens",
+    "cached_tokens",
+    "preemptions",
+    "send_s",
+    "gateway_s",
+    "routing_s",
+    "submit_s",
+    "first_token_s",
+    "last_token_s",
+    "status",
+)
+
+
+class RequestLog:
+    """One row per request that ended, in the order of ending."""
+
+    def __init__(self) -> None:
+        self._rows = array("d")
+        self._errors: dict[int, str] = {}
+        self.ended = 0
+        self.by_status = [0] * len(STATUSES)
+
+    def add(
+        self,
+        flight: InFlight,
+        status: int,
+        gateway_s: float,
+        first_token_s: float,
+        last_token_s: float,
+        error: str | None = None,
+    ) -> None:
+        """Record the end of a request; `status` indexes `STATUSES`, times are the client's."""
+        request = flight.request
+        self._rows.extend(
+            (
+                request.request_id,
+                request.user,
+                request.session,
+                request.turn,
+                request.prompt_index,
+                flight.expert,
+                flight.replica,
+                request.prompt_tokens,
+                flight.generated_tokens,
+                flight.cached_tokens,
+                flight.preemptions,
+                flight.send_s,
+                gateway_s,
+                flight.routing_s,
+                flight.submit_s,
+                first_token_s,
+                last_token_s,
+                status,
+            )
+        )
+        if error is not None:
+            self._errors[self.ended] = error
+        self.ended += 1
+        self.by_status[status] += 1
+
+    def frame(self, experts: Sequence[str], domains: Sequence[str]) -> pd.DataFrame:
+        """All rows with the house's columns; `domains[i]` is the domain of prompt i."""
+        table = np.frombuffer(self._rows, dtype=np.float64).reshape(self.ended, len(_FIELDS))
+        columns = {name: table[:, index] for index, name in enumerate(_FIELDS)}
+        data: dict[str, object] = {}
+        for name, kind in REQUEST_COLUMNS.items():
+            if kind in ("int64", "float64"):
+                data[name] = columns[name].astype(kind)
+        data["expert"] = _names(columns["expert"], experts)
+        data["domain"] = _names(columns["prompt_index"], domains)
+        data["status"] = _names(columns["status"], STATUSES)
+        error = np.full(self.ended, None, dtype=object)
+        for row, message in self._errors.items():
+            error[row] = message
+        data["error"] = error
+        return pd.DataFrame({name: data[name] for name in REQUEST_COLUMNS})
+
+
+def _names(indices: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Names by index as an object array; index -1 (never chosen) is the empty string."""
+    table = np.array([*names, ""], dtype=object)
+    return table[indices.astype(np.int64)]
+
+
+class StepLog:
+    """What every engine step of one replica did; runs of equal batches are entered at once."""
+
+    def __init__(self) -> None:
+        self._end_s = array("d")
+        self._duration_s = array("d")
+        self._gaps = array("q")
+        self._tokens = array("q")
+        self._blocks = array("q")
+
+    def add(self, end_s: float, duration_s: float, gaps: int, tokens: int, blocks: int) -> None:
+        """Record one step: `tokens` delivered at its end, `gaps` of them after an earlier token."""
+        self._end_s.append(end_s)
+        self._duration_s.append(duration_s)
+        self._gaps.append(gaps)
+        self._tokens.append(tokens)
+        self._blocks.append(blocks)
+
+    def add_run(self, end_s: np.ndarray, duration_s: np.ndarray, seqs: int, blocks: np.ndarray) -> None:
+        """Record consecutive decode steps of `seqs` rows; shapes (n,) each."""
+        steps = len(end_s)
+        self._end_s.frombytes(np.ascontiguousarray(end_s, dtype=np.float64).tobytes())
+        self._duration_s.frombytes(np.ascontiguousarray(duration_s, dtype=np.float64).tobytes())
+        rows = np.full(steps, seqs, dtype=np.int64).tobytes()
+        self._gaps.frombytes(rows)
+        self._tokens.frombytes(rows)
+        self._blocks.frombytes(np.ascontiguousarray(blocks, dtype=np.int64).tobytes())
+
+    def __len__(self) -> int:
+        return len(self._end_s)
+
+    def gaps(self, delivery_s: float) -> Gaps:
+        """The steps as the client sees them: `delivery_s` after they ended."""
+        return Gaps(
+            np.frombuffer(self._end_s, dtype=np.float64) + delivery_s,
+            np.frombuffer(self._duration_s, dtype=np.float64).copy(),
+            np.frombuffer(self._gaps, dtype=np.int64).copy(),
+            np.frombuffer(self._tokens, dtype=np.int64).copy(),
+        )
+
+    def occupancy(self, start_s: float, end_s: float) -> dict[str, float]:
+        """Busy share, mean running tokens per step and KV blocks over [start_s, end_s], time-weighted."""
+        ends = np.frombuffer(self._end_s, dtype=np.float64)
+        length = np.frombuffer(self._duration_s, dtype=np.float64)
+        inside = (ends > start_s) & (ends <= end_s)
+        span, busy = end_s - start_s, float(length[inside].sum())
+        if span <= 0 or busy == 0.0:
+            return {"busy_share": 0.0, "tokens_per_step": 0.0, "mean_kv_blocks": 0.0, "peak_kv_blocks": 0.0}
+        blocks = np.frombuffer(self._blocks, dtype=np.int64)[inside]
+        tokens = np.frombuffer(self._tokens, dtype=np.int64)[inside]
+        return {
+            "busy_share": min(busy / span, 1.0),
+            "tokens_per_step": float(tokens.mean()),
+            "mean_kv_blocks": float(np.dot(blocks, length[inside])) / busy,
+            "peak_kv_blocks": float(blocks.max()),
+        }

@@ -1,0 +1,286 @@
+"""One replication: build the system on one SimPy environment, let it run, collect what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from simpy import Environment
+from simpy.events import Event
+
+from ersim.config import FaultConfig, SimulationConfig
+from ersim.engine import EngineConfig, LivelockError
+from ersim.errors import SimulationError
+from ersim.results.records import COMPLETED, FAILED, REJECTED, STATUSES, Gaps
+from ersim.routing import Policy, build_balancer
+from ersim.steptime import ExpertModel
+from ersim.system.dispatch import decider, picker, routing_times_s, service_time
+from ersim.system.events import Call
+from ersim.system.gateway import Gateway
+from ersim.system.inflight import InFlight
+from ersim.system.log import RequestLog, StepLog
+from ersim.system.replica import Replica
+from ersim.system.sources import ClosedUsers, OpenArrivals
+from ersim.types import ExpertState, FleetState, Prompt, StepTime
+from ersim.workload import Workload
+
+_COMPLETED, _FAILED, _REJECTED = (STATUSES.index(status) for status in (COMPLETED, FAILED, REJECTED))
+NOISE_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Conservation: injected = completed + failed + rejected + in_gateway + on_replicas, at every instant."""
+
+    injected: int
+    completed: int
+    failed: int
+    rejected: int
+    in_gateway: int
+    on_replicas: int
+
+    @property
+    def balanced(self) -> bool:
+        """Whether no request was lost or doubled."""
+        ended = self.completed + self.failed + self.rejected
+        return self.injected == ended + self.in_gateway + self.on_replicas
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """What one replication did. `step_logs[expert][replica]` hold every engine step."""
+
+    requests: pd.DataFrame
+    gaps: Gaps
+    step_logs: list[list[StepLog]]
+    counts: Counts
+    end_s: float
+    steps: int
+    events: int
+    problem: str | None
+
+
+def engine_config(expert: ExpertModel) -> EngineConfig:
+    """The engine's configuration from an expert's resolved settings."""
+    settings = expert.engine
+    return EngineConfig(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        block_size=settings.block_size,
+        num_blocks=settings.kv_blocks,
+        enable_chunked_prefill=settings.enable_chunked_prefill,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        policy=settings.policy,
+        watermark=settings.watermark,
+        scheduler_reserve_full_isl=settings.scheduler_reserve_full_isl,
+        async_scheduling=settings.async_scheduling,
+    )
+
+
+def noise_chunks(relative_std: float, rng: np.random.Generator) -> Iterator[npt.NDArray[np.float64]] | None:
+    """Lognormal factors of mean 1 in chunks, one per engine step; None without noise."""
+    if relative_std <= 0.0:
+        return None
+    sigma = float(np.sqrt(np.log1p(relative_std**2)))
+
+    def chunks() -> Iterator[npt.NDArray[np.float64]]:
+        while True:
+            yield np.exp(sigma * rng.standard_normal(NOISE_CHUNK) - 0.5 * sigma * sigma)
+
+    return chunks()
+
+
+class System:
+    """Users, gateway and replicas wired together on one clock.
+
+    `step_times[e]` is expert e's step time in this replication; `known` are decisions of a static
+    policy per prompt. The same arguments and `seed` give the same output to the byte.
+    """
+
+    def __init__(
+        self,
+        config: SimulationConfig,
+        experts: Sequence[ExpertModel],
+        step_times: Sequence[StepTime],
+        prompts: Sequence[Prompt],
+        workload: Workload,
+        policy: Policy,
+        known: Sequence[int] | None,
+        seed: int,
+    ) -> None:
+        self.env = Environment()
+        self._config = config
+        self._names = list(config.fleet.experts)
+        self._prompts = prompts
+        self._log = RequestLog()
+        self._stop: Event = self.env.event()
+        self._target = request_target(config)
+        self._return_s = config.gateway.network_s + config.gateway.backend_network_s
+        self.replicas = self._build_replicas(experts, step_times, seed)
+        fleet = self._fleet_state(experts)
+        balancers = [build_balancer(config.router.balancer, seed + index) for index in range(len(experts))]
+        routing_s = routing_times_s(config.gateway, policy, prompts)
+        self.gateway = Gateway(
+            self.env,
+            workers=config.gateway.workers,
+            queue_limit=config.gateway.queue_limit,
+            backend_network_s=config.gateway.backend_network_s,
+            service_s=service_time(config.gateway, routing_s),
+            decide=decider(policy, prompts, fleet, known),
+            pick=picker(balancers, self.replicas),
+            replicas=self.replicas,
+            reject=self._turned_away,
+        )
+        self.source = self._build_source(workload)
+        for fault in config.faults:
+            self._plan_fault(fault)
+
+    def _build_replicas(
+        self, experts: Sequence[ExpertModel], step_times: Sequence[StepTime], seed: int
+    ) -> list[list[Replica]]:
+        fast = self._config.router.balancer != "least_kv"
+        replicas: list[list[Replica]] = []
+        for index, (expert, step_time) in enumerate(zip(experts, step_times, strict=True)):
+            std = expert.step_noise if self._config.uncertainty.step_noise else 0.0
+            count = self._config.fleet.experts[self._names[index]].replicas
+            replicas.append(
+                [
+                    Replica(
+                        self.env,
+                        engine_config(expert),
+                        step_time,
+                        noise_chunks(std, np.random.default_rng([seed, 3, index, number])),
+                        self._finished,
+                        self._failed,
+                        self._rejected,
+                        fast_forward=fast,
+                    )
+                    for number in range(count)
+                ]
+            )
+        return replicas
+
+    def _fleet_state(self, experts: Sequence[ExpertModel]) -> FleetState:
+        states = [
+            ExpertState(
+                name=name,
+                model=self._config.fleet.experts[name].model,
+                domains=tuple(self._config.fleet.experts[name].domains),
+                replicas=self.replicas[index],
+                slots=experts[index].engine.max_num_seqs * len(self.replicas[index]),
+            )
+            for index, name in enumerate(self._names)
+        ]
+        return FleetState(states)
+
+    def _build_source(self, workload: Workload) -> ClosedUsers | OpenArrivals:
+        network_s, arrive = self._config.gateway.network_s, self.gateway.arrive
+        if workload.closed:
+            return ClosedUsers(
+                self.env,
+                self._config.users,
+                workload.next_request,
+                workload.think_s,
+                workload.start_s,
+                network_s,
+                arrive,
+            )
+        return OpenArrivals(self.env, workload.arrivals(), network_s, arrive)
+
+    def _plan_fault(self, fault: FaultConfig) -> None:
+        replica = self.replicas[self._names.index(fault.expert)][fault.replica]
+        why = f"expert {fault.expert} replica {fault.replica} died"
+        Call(self.env, fault.at_s, lambda event: replica.fail(why))
+        if fault.back_s is not None:
+            Call(self.env, fault.back_s, lambda event: replica.restart())
+
+    # Ends of requests ----------------------------------------------------------------------
+
+    def _finished(self, flight: InFlight, time_s: float) -> None:
+        client_s = time_s + self._return_s
+        gateway_s = flight.submit_s - flight.send_s + self._return_s
+        self._log.add(flight, _COMPLETED, gateway_s, flight.first_s + self._return_s, client_s)
+        self._ended(flight, client_s)
+
+    def _failed(self, flight: InFlight, time_s: float, why: str) -> None:
+        self._end_badly(flight, _FAILED, time_s + self._return_s, why)
+
+    def _rejected(self, flight: InFlight, time_s: float, why: str) -> None:
+        self._end_badly(flight, _REJECTED, time_s + self._return_s, why)
+
+    def _turned_away(self, flight: InFlight, why: str) -> None:
+        flight.submit_s = float("nan")
+        self._end_badly(flight, _REJECTED, self.env.now + self._config.gateway.network_s, why)
+
+    def _end_badly(self, flight: InFlight, status: int, client_s: float, why: str) -> None:
+        self._log.add(flight, status, client_s - flight.send_s, float("nan"), client_s, why)
+        self._ended(flight, client_s)
+
+    def _ended(self, flight: InFlight, client_s: float) -> None:
+        if self._target is not None and self._log.ended >= self._target and not self._stop.triggered:
+            self._stop.succeed()
+        self.source.ended(flight, client_s)
+
+    # The run -------------------------------------------------------------------------------
+
+    def counts(self) -> Counts:
+        """Where every injected request is now."""
+        by = self._log.by_status
+        on_replicas = sum(replica.running + replica.waiting for row in self.replicas for replica in row)
+        return Counts(
+            self.source.injected,
+            by[_COMPLETED],
+            by[_FAILED],
+            by[_REJECTED],
+            self.gateway.queued + self.gateway.in_service,
+            on_replicas,
+        )
+
+    def run(self) -> RunOutput:
+        """Run to the target number of requests, the time limit, or the end of the arrivals.
+
+        A livelock ends the run and is reported in `problem`; what finished before is kept.
+        """
+        problem: str | None = None
+        limit_s = self._config.workload.max_duration_s
+        if limit_s is not None:
+            Call(self.env, limit_s, lambda event: None if self._stop.triggered else self._stop.succeed())
+        try:
+            self._run_until_stopped()
+        except LivelockError as error:
+            problem = str(error)
+        for row in self.replicas:
+            for replica in row:
+                replica.settle(self.env.now)
+        logs = [[replica.log for replica in row] for row in self.replicas]
+        domains = [prompt.domain for prompt in self._prompts]
+        frame = self._log.frame(self._names, domains)
+        parts = [log.gaps(self._return_s) for row in logs for log in row]
+        end_s = float(np.nanmax(frame["last_token_s"])) if len(frame) else float(self.env.now)
+        steps = sum(len(log) for row in logs for log in row)
+        return RunOutput(
+            frame, Gaps.concatenate(parts), logs, self.counts(), end_s, steps, next(self.env._eid), problem
+        )
+
+    def _run_until_stopped(self) -> None:
+        """Process events until the stop event or, for arrivals that end, until nothing is left."""
+        stop, step, queue = self._stop, self.env.step, self.env._queue
+        while queue and not stop.triggered:
+            step()
+        if not stop.triggered and self.source.injected == 0:
+            raise SimulationError("the workload holds no requests")
+
+
+def request_target(config: SimulationConfig) -> int | None:
+    """How many requests end a run: as configured, else max(2000, 10 per user); None for a whole trace."""
+    wanted = config.workload.requests
+    if wanted is not None:
+        return wanted
+    if config.workload.arrivals == "trace":
+        return None
+    return max(2000, 10 * config.users)
