@@ -74,9 +74,9 @@ def _log(
     """Log to MLflow unless switched off; a store that cannot be reached costs a warning, not the sweep."""
     if not manifest["tracking"]["enabled"]:
         return None
+    from ersim.util.files import write_json
     from experiments.paths import MLFLOW
     from experiments.tracking import log_sweep
-    from ersim.util.files import write_json
 
     try:
         logged = log_sweep(folder, manifest, jobs, frame, figures)

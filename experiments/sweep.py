@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 import time
@@ -73,16 +74,39 @@ def _combinations(sweeper: ErsimSweeper, arguments: list[str]) -> list[list[str]
 
 
 def _compose(sweeper: ErsimSweeper, overrides: list[list[str]]) -> list[DictConfig]:
-    """Every job's config, with its number set."""
+    """Every job's config, with its number set.
+
+    Hydra takes 0.2 s to compose one. Jobs that differ in `users` and `seed` alone, two plain
+    numbers, are therefore copies of one composed config with these two set.
+    """
     assert sweeper.hydra_context is not None and sweeper.config is not None
+    loader = sweeper.hydra_context.config_loader
+    composed: dict[tuple[str, ...], DictConfig] = {}
     configs = []
     for number, own in enumerate(overrides):
-        config = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, own)
+        numbers = _plain_numbers(own)
+        rest = tuple(item for item in own if item.partition("=")[0] not in numbers)
+        if rest not in composed:
+            composed[rest] = config = loader.load_sweep_config(sweeper.config, own)
+        else:
+            config = copy.deepcopy(composed[rest])
         with open_dict(config):
+            for key, value in numbers.items():
+                config[key] = value
             config.hydra.job.id = number
             config.hydra.job.num = number
+            config.hydra.overrides.task = [item for item in own if not item.startswith("hydra.")]
+            config.hydra.job.override_dirname = ",".join(config.hydra.overrides.task)
         configs.append(config)
     return configs
+
+
+def _plain_numbers(overrides: list[str]) -> dict[str, int]:
+    """The overrides of `users` and `seed` that are whole numbers."""
+    pairs = (item.split("=", 1) for item in overrides if "=" in item)
+    return {
+        key: int(value) for key, value in pairs if key in ("users", "seed") and value.lstrip("-").isdigit()
+    }
 
 
 def manifest(
