@@ -17,6 +17,11 @@ from scipy.special import stdtrit  # scipy.stats alone takes half a second to im
 # Figures that stop the automatic choice of replications once their mean is known well enough.
 PRECISION_KEYS = ("output_throughput", "median_e2el_ms")
 
+# Figures that get no interval of their own: facts of the configuration or of the window, and spreads.
+_WITHOUT_INTERVAL = ("duration", "warmup_s", "usd_per_hour", "std_")
+# Figures that cannot exceed one.
+_SHARES = ("share", "rate", "fraction")
+
 
 def prediction_interval(values: Sequence[float], level: float) -> tuple[float, float] | None:
     """Student's t prediction interval for one more value; None below two values.
@@ -62,9 +67,11 @@ def combine(summaries: Sequence[Mapping[str, Any]], level: float) -> dict[str, A
             combined[key] = all(values)
         elif isinstance(sample, float):
             combined[key] = float(np.mean(values))
-            interval = prediction_interval(values, level)
+            interval = None if key.startswith(_WITHOUT_INTERVAL) else prediction_interval(values, level)
             if interval is not None:
-                combined[f"{key}_low"], combined[f"{key}_high"] = interval
+                low, high = interval
+                combined[f"{key}_low"] = low
+                combined[f"{key}_high"] = min(high, 1.0) if key.endswith(_SHARES) else high
         else:
             combined[key] = sample
     return combined

@@ -27,16 +27,24 @@ def test_single_replication_has_no_interval() -> None:
 
 def test_combine_keeps_flags_counts_and_blocks() -> None:
     runs = [
-        {"steady": True, "completed": 5, "rate": 1.0, "none": None, "block": {"share": 0.5}},
-        {"steady": False, "completed": 6, "rate": 3.0, "none": 2.0, "block": {"share": 0.7}},
+        {"steady": True, "completed": 5, "speed": 1.0, "none": None, "block": {"share": 0.5}},
+        {"steady": False, "completed": 6, "speed": 3.0, "none": 2.0, "block": {"share": 0.7}},
     ]
     combined = combine(runs, 0.9)
     assert combined["steady"] is False
     assert combined["completed"] == 5
-    assert combined["rate"] == 2.0
-    assert combined["rate_low"] == 0.0 < combined["rate_high"]
+    assert combined["speed"] == 2.0
+    assert combined["speed_low"] == 0.0 < combined["speed_high"]
     assert combined["none"] == 2.0
     assert combined["block"]["share"] == pytest.approx(0.6)
+
+
+def test_shares_stay_below_one_and_facts_have_no_interval() -> None:
+    combined = combine(
+        [{"goodput_share": 0.99, "usd_per_hour": 3.0}, {"goodput_share": 1.0, "usd_per_hour": 3.0}], 0.9
+    )
+    assert combined["goodput_share_high"] == 1.0
+    assert "usd_per_hour_low" not in combined
 
 
 def test_precision_rule_needs_two_agreeing_runs() -> None:
