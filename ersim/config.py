@@ -72,7 +72,8 @@ class LengthsConfig:
 
     kind: conversation, code, summarisation (fitted distributions), prompts (as the prompt set
     says), constant. `prompt_tokens` and `output_tokens` are used by constant only.
-    `output_scale` multiplies answer lengths; `max_tokens_factor` is declared / true length
+    `prompt_scale` multiplies drawn prompt lengths (never below the prompt's own text),
+    `output_scale` answer lengths; `max_tokens_factor` is declared / true length
     (1.0 means that requests end by length, as with ignore_eos). `max_total_tokens` cuts prompt and
     answer together; None leaves long ones to the engine, which refuses or truncates them.
     """
@@ -80,6 +81,7 @@ class LengthsConfig:
     kind: str = "conversation"
     prompt_tokens: Optional[int] = None
     output_tokens: Optional[int] = None
+    prompt_scale: float = 1.0
     output_scale: float = 1.0
     max_tokens_factor: float = 1.0
     max_total_tokens: Optional[int] = None
@@ -296,6 +298,7 @@ def validate_workload(workload: WorkloadConfig, key: str = "workload") -> None:
     _at_least(f"{key}.lengths.max_total_tokens", workload.lengths.max_total_tokens, 2)
     for domain, weight in workload.domain_weights.items():
         _at_least(f"{key}.domain_weights.{domain}", weight, 0)
+    _above(f"{key}.lengths.prompt_scale", workload.lengths.prompt_scale, 0)
     _above(f"{key}.lengths.output_scale", workload.lengths.output_scale, 0)
     _at_least(f"{key}.lengths.max_tokens_factor", workload.lengths.max_tokens_factor, 1)
     if workload.arrivals in ("poisson", "gamma"):

@@ -103,6 +103,12 @@ class Sampler:
             return output
         return np.maximum(np.rint(output * self.lengths.output_scale), 1).astype(np.int64)
 
+    def _scaled_prompts(self, prompt: Ints) -> Ints:
+        """Drawn prompt lengths times `prompt_scale`, at least 1."""
+        if self.lengths.prompt_scale == 1.0:
+            return prompt
+        return np.maximum(np.rint(prompt * self.lengths.prompt_scale), 1).astype(np.int64)
+
     def scaled_known_outputs(self) -> Ints:
         """Scaled answer length by prompt of the set, 0 where the set gives none."""
         known = self.known_output_tokens
@@ -117,7 +123,7 @@ class Sampler:
         elif self.lengths.kind == "constant":
             prompt = drawn_prompt
         else:
-            prompt = np.maximum(drawn_prompt, own)
+            prompt = np.maximum(self._scaled_prompts(drawn_prompt), own)
         return self.cut(prompt, self.scaled(output))
 
     def cut(self, prompt: Ints, output: Ints) -> tuple[Ints, Ints]:
