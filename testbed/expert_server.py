@@ -1,0 +1,300 @@
+"""One real vLLM OpenAI server: started from the expert's configuration, watched, and surely stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ersim.config import EngineSettings
+from ersim.errors import ConfigError, ErsimError, bad_value
+from testbed.live_settings import LiveSettings
+
+HOST = "127.0.0.1"
+AUTO_MODEL = "auto"
+LOG_TAIL_LINES = 25
+POLL_S = 0.25
+STOP_TIMEOUT_S = 20.0
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ExpertFailed(ErsimError, RuntimeError):
+    """A server that did not start, or stopped; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What one server process needs: a model folder or hub id, a port, cores or GPUs, a folder for its files.
+
+    It answers to two model names: ``auto`` (what clients of the gateway ask for) and its expert's.
+    """
+
+    name: str
+    expert: str
+    model: str
+    port: int
+    tp: int
+    engine: EngineSettings
+    live: LiveSettings
+    folder: Path
+    cores: Sequence[int] = field(default_factory=tuple)
+    gpus: Sequence[int] = field(default_factory=tuple)
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at its end."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def log_path(self) -> Path:
+        """Standard output and error of the server."""
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def steps_path(self) -> Path:
+        """Where the recorder writes."""
+        return self.folder / f"{self.name}.steps.jsonl"
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int, key: str) -> None:
+    """Raise ConfigError if somebody listens on the port already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise bad_value(f"{key}.live.port", "a free port (or 0 for any)", port) from None
+
+
+def check_model_folder(model: str, key: str) -> None:
+    """Raise ConfigError for a local model directory that vLLM could not read."""
+    folder = Path(model)
+    local = folder.is_absolute() or model.startswith((".", "~"))
+    if local and not folder.is_dir():
+        raise bad_value(f"{key}.live.model", "an existing directory or a hub id", model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{key}.live.model: {model} holds no config.json; give the folder that a model was saved "
+            "to, or leave live.model out to serve dummy weights"
+        )
+
+
+def check_vllm(python: str | None) -> None:
+    """Raise ConfigError if the interpreter that would run the server has no vLLM."""
+    if python is None or python == sys.executable:
+        found = importlib.util.find_spec("vllm") is not None
+    else:
+        code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        try:
+            found = subprocess.run([python, "-c", code], check=False, timeout=60).returncode == 0
+        except OSError as error:
+            raise bad_value("live.python", "an interpreter that runs", python) from error
+    if not found:
+        raise ConfigError(
+            f"vLLM is not installed in {python or sys.executable}: run `make venv-live` and use "
+            "`make live` (or set live.python to an interpreter that has it)"
+        )
+
+
+def engine_arguments(engine: EngineSettings) -> list[str]:
+    """vLLM command-line arguments of the settings that differ from None, under vLLM's names."""
+    arguments = ["--max-model-len", str(engine.max_model_len), "--scheduling-policy", engine.policy]
+    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        value = getattr(engine, name)
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    if engine.long_prefill_token_threshold:
+        arguments += ["--long-prefill-token-threshold", str(engine.long_prefill_token_threshold)]
+    if engine.kv_blocks is not None:
+        arguments += ["--num-gpu-blocks-override", str(engine.kv_blocks)]
+    for name in ("enable_chunked_prefill", "enable_prefix_caching", "async_scheduling"):
+        value = getattr(engine, name)
+        if value is not None:
+            flag = name.replace("_", "-")
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+    return arguments
+
+
+def server_command(spec: ServerSpec) -> list[str]:
+    """The command line of the server."""
+    live = spec.live
+    command = [live.python or sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", spec.model, "--host", HOST]
+    command += ["--served-model-name", AUTO_MODEL, spec.expert]
+    command += [
+        "--port",
+        str(spec.port),
+        "--tensor-parallel-size",
+        str(spec.tp),
+        "--disable-uvicorn-access-log",
+    ]
+    if live.weightless:
+        command += ["--load-format", "dummy"]
+    if live.tokenizer == "none":
+        command += ["--skip-tokenizer-init"]
+    if live.record_steps:
+        command += ["--scheduler-cls", "testbed.recording_scheduler.make_scheduler"]
+    if live.device == "cpu":
+        command += ["--distributed-executor-backend", "uni", "--enforce-eager"]
+    else:
+        command += ["--gpu-memory-utilization", str(spec.engine.gpu_memory_utilization)]
+    return command + engine_arguments(spec.engine) + [str(argument) for argument in live.args]
+
+
+def server_environment(spec: ServerSpec, base: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment: offline unless a hub id is served, bound to its cores or GPUs."""
+    paths = [str(ROOT), base.get("PYTHONPATH", "")]
+    environment = {
+        **base,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "ERSIM_STEP_LOG": str(spec.steps_path),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if spec.live.weightless or Path(spec.model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    if spec.live.device == "cpu":
+        cores = list(spec.cores)
+        environment |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": str(max(1, len(cores))),
+            "VLLM_CPU_KVCACHE_SPACE": f"{spec.live.kv_space_gib:g}",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) if cores else "nobind",
+        }
+    elif spec.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.gpus))
+    return environment | {key: str(value) for key, value in spec.live.env.items()}
+
+
+class ExpertServer:
+    """A server process under supervision: it ends when it is stopped or when this process does."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        self.spec = spec
+        self._process: subprocess.Popen[bytes] | None = None
+        self.started_s = 0.0
+        self.ready_s: float | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the supervised process still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process without waiting. Raises ConfigError for what can be seen beforehand."""
+        key = f"fleet.experts.{self.spec.expert}"
+        check_vllm(self.spec.live.python)
+        check_model_folder(self.spec.model, key)
+        check_port(self.spec.port, key)
+        self.spec.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "testbed.supervisor", "--", *server_command(self.spec)]
+        with open(self.spec.log_path, "ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # its end tells the supervisor that we are gone
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=server_environment(self.spec, os.environ),
+                start_new_session=True,
+            )
+        self.started_s = time.monotonic()
+
+    def log_tail(self) -> str:
+        """The last lines of the server's log, fit for an error message."""
+        try:
+            text = self.spec.log_path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "(no log)"
+        return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+
+    def _fail(self, what: str) -> ExpertFailed:
+        return ExpertFailed(
+            f"expert {self.spec.name} {what}; the end of its log ({self.spec.log_path}):\n{self.log_tail()}"
+        )
+
+    def healthy(self) -> bool:
+        """Whether GET /health answers 200 now."""
+        try:
+            with urllib.request.urlopen(f"{self.spec.url}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def check_alive(self) -> None:
+        """Raise ExpertFailed if the process has ended."""
+        if self._process is not None and self._process.poll() is not None:
+            raise self._fail(f"ended with status {self._process.returncode}")
+
+    def wait_ready(self) -> float:
+        """Wait until healthy; returns seconds since start. Raises ExpertFailed on death or time-out."""
+        deadline = self.started_s + self.spec.live.ready_timeout_s
+        while time.monotonic() < deadline:
+            self.check_alive()
+            if self.healthy():
+                self.ready_s = time.monotonic() - self.started_s
+                return self.ready_s
+            time.sleep(POLL_S)
+        self.stop()
+        raise self._fail(
+            f"was not healthy within {self.spec.live.ready_timeout_s:g} s (live.ready_timeout_s)"
+        )
+
+    def kill(self) -> None:
+        """Kill all its processes at once, as a crash would: what the fault test uses."""
+        if self._process is None:
+            return
+        for child in _descendants(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        self._process.wait(STOP_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Stop the server and wait until its processes are gone; safe to call twice."""
+        if self._process is None:
+            return
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.kill()
+            self._process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """All processes below `pid` (Linux), children before grandchildren."""
+    found: list[int] = []
+    pending = [pid]
+    while pending:
+        parent = pending.pop()
+        try:
+            tasks = list(Path(f"/proc/{parent}/task").iterdir())
+        except OSError:
+            continue
+        for task in tasks:
+            try:
+                children = [int(child) for child in (task / "children").read_text().split()]
+            except OSError:
+                continue
+            found += children
+            pending += children
+    return found

@@ -1,0 +1,139 @@
+"""A fleet of real experts: every replica of every expert of one fleet config, started together."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from ersim.config import ExpertConfig, FleetConfig
+from ersim.errors import bad_value
+from ersim.steptime import load_model
+from testbed.expert_server import ExpertServer, ServerSpec, free_port
+from testbed.live_settings import LiveSettings, of_replica, read_live
+from testbed.weightless import write_model
+
+
+def replica_name(expert: str, replica: int, replicas: int) -> str:
+    """`expert`, or `expert-<replica>` when there are several."""
+    return expert if replicas == 1 else f"{expert}-{replica}"
+
+
+def model_folder(expert: ExpertConfig, live: LiveSettings, name: str, folder: Path) -> str:
+    """The model that the server loads; writes the weightless folder when no model is given."""
+    if live.model is not None:
+        return live.model
+    assert live.quantization is not None  # read_live has filled it in
+    written = write_model(
+        folder / "models" / name,
+        load_model(expert.model),
+        live.quantization,
+        expert.engine.max_model_len,
+        live.tokenizer == "word",
+    )
+    return str(written)
+
+
+def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]]:
+    """One spec per replica, by expert. Raises ConfigError for a `live` mapping that cannot work."""
+    specs: dict[str, list[ServerSpec]] = {}
+    for name, expert in fleet.experts.items():
+        live = read_live(expert.live, expert.precision, f"fleet.experts.{name}")
+        model = model_folder(expert, live, name, folder)
+        specs[name] = [
+            ServerSpec(
+                name=replica_name(name, replica, expert.replicas),
+                expert=name,
+                model=model,
+                port=live.port + replica if live.port else free_port(),
+                tp=expert.tp,
+                engine=expert.engine,
+                live=live,
+                folder=folder,
+                cores=of_replica(live.cores, replica),
+                gpus=of_replica(live.gpus, replica),
+            )
+            for replica in range(expert.replicas)
+        ]
+    ports = [spec.port for group in specs.values() for spec in group]
+    for port in ports:
+        if ports.count(port) > 1:
+            raise bad_value("fleet.experts.*.live.port", "different for every replica", port)
+    return specs
+
+
+class LiveFleet:
+    """Context manager: all servers are ready inside, and gone afterwards, whatever happened.
+
+    SIGTERM inside the context is turned into KeyboardInterrupt so that the servers are stopped too;
+    should this process be killed outright, the servers' supervisors notice and stop them.
+    """
+
+    def __init__(self, fleet: FleetConfig, folder: Path, say: Callable[[str], None] | None = None) -> None:
+        self.fleet = fleet
+        self.servers = {
+            name: [ExpertServer(spec) for spec in group]
+            for name, group in server_specs(fleet, folder).items()
+        }
+        self._say = say or (lambda text: None)
+        self._old_handler: Any = None
+
+    @property
+    def all_servers(self) -> list[ExpertServer]:
+        """Every replica of every expert, in the fleet's order."""
+        return [server for group in self.servers.values() for server in group]
+
+    def urls(self) -> dict[str, list[str]]:
+        """Base URLs of the replicas by expert."""
+        return {name: [server.spec.url for server in group] for name, group in self.servers.items()}
+
+    def __enter__(self) -> LiveFleet:
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _start(self) -> None:
+        begin = time.monotonic()
+        for server in self.all_servers:
+            self._say(f"starting expert {server.spec.name} on {server.spec.url}")
+            server.start()
+        for server in self.all_servers:
+            server.wait_ready()
+        self._say(f"{len(self.all_servers)} experts ready after {time.monotonic() - begin:.0f} s")
+
+    def check_alive(self) -> None:
+        """Raise ExpertFailed if any server has ended."""
+        for server in self.all_servers:
+            server.check_alive()
+
+    def stop(self) -> None:
+        """Stop all servers, several at a time."""
+        threads = [threading.Thread(target=server.stop) for server in self.all_servers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._old_handler is not None:
+            signal.signal(signal.SIGTERM, self._old_handler)
+            self._old_handler = None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(f"signal {number}")

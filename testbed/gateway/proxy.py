@@ -1,0 +1,239 @@
+"""Sends a request to an expert and its answer back, byte for byte.
+
+Before the first byte of the answer everything may be tried again: another replica, and, when the
+chosen expert is down altogether, another expert. After it nothing is: a broken stream stays broken,
+is cut where it broke, and is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from ersim.errors import ErsimError
+from ersim.routing import NoHealthyReplica, Policy
+from ersim.types import Decision
+from testbed.gateway.exchange import Exchange
+from testbed.gateway.metrics import Metrics
+from testbed.gateway.settings import GatewaySettings
+from testbed.gateway.upstreams import FAILS_DOWN, Expert, Fleet, QueueFull, Replica
+
+HOP_BY_HOP = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+     "transfer-encoding", "upgrade", "host", "content-length", "expect")
+)  # fmt: skip
+FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
+
+
+class Unanswered(Exception):
+    """No answer could be begun; carries the status for the client and the kind for the metrics."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+class BrokenAttempt(Exception):
+    """One attempt failed before the first byte of the answer."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Proxy:
+    """Routes and forwards; one object serves all requests of a gateway."""
+
+    def __init__(
+        self, settings: GatewaySettings, fleet: Fleet, policy: Policy, metrics: Metrics,
+        session: aiohttp.ClientSession,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._fleet = fleet
+        self._policy = policy
+        self._metrics = metrics
+        self._session = session
+
+    def decide(self, exchange: Exchange) -> None:
+        """Set the exchange's expert: the one asked for by name, or the policy's choice."""
+        begin = time.perf_counter()
+        if exchange.automatic:
+            try:
+                decision = self._policy.route(exchange.query, self._fleet.state)
+            except ErsimError as error:
+                raise Unanswered(503, "no_replica", str(error)) from error
+        elif exchange.wanted in self._fleet.by_name:
+            decision = Decision(self._fleet.by_name[exchange.wanted], "asked for by name")
+        else:
+            raise Unanswered(
+                404, "unknown_model", f"model {exchange.wanted!r} does not exist; see /v1/models"
+            )
+        exchange.routing_s += time.perf_counter() - begin
+        exchange.expert, exchange.reason = decision.expert, decision.reason
+        self._metrics.routing_s.observe(exchange.routing_s)
+
+    async def answer(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
+        """The whole life of one request. Raises Unanswered while nothing has been sent."""
+        self.decide(exchange)
+        while True:
+            expert = self._fleet.experts[exchange.expert]
+            begin = time.monotonic()
+            try:
+                await expert.take_slot()
+            except QueueFull as full:
+                raise Unanswered(429, "queue_full", str(full)) from full
+            exchange.queued_s += time.monotonic() - begin
+            try:
+                return await self._with_expert(request, exchange, expert)
+            except BrokenAttempt as broken:
+                self._elsewhere(exchange, expert, broken)
+            finally:
+                expert.give_slot()
+
+    def _elsewhere(self, exchange: Exchange, expert: Expert, broken: BrokenAttempt) -> None:
+        """Choose another expert after all attempts with one failed, or give up."""
+        may = self._settings.failover and exchange.automatic and not expert.healthy
+        exchange.left.add(exchange.expert)
+        if may and exchange.attempts < self._settings.attempts:
+            self.decide(exchange)
+            if exchange.expert not in exchange.left:
+                exchange.reason = f"failover: {exchange.reason}"
+                return
+        status = 504 if broken.kind == "timeout" else 503 if broken.kind == "no_replica" else 502
+        raise Unanswered(status, broken.kind, f"expert {expert.name}: {broken}") from broken
+
+    async def _with_expert(
+        self, request: web.Request, exchange: Exchange, expert: Expert
+    ) -> web.StreamResponse:
+        """Try the expert's healthy replicas until one begins to answer."""
+        last: BrokenAttempt | None = None
+        while exchange.attempts < self._settings.attempts:
+            try:
+                replica = expert.replicas[expert.balancer.pick(expert.replicas)]
+            except NoHealthyReplica as none:
+                raise last or BrokenAttempt("no_replica", str(none)) from none
+            exchange.attempts += 1
+            if exchange.attempts > 1:
+                self._metrics.retries.labels(expert.name).inc()
+            replica.in_flight += 1
+            try:
+                return await self._attempt(request, exchange, expert, replica)
+            except BrokenAttempt as broken:
+                self._metrics.errors.labels(expert.name, broken.kind).inc()
+                last = broken
+            finally:
+                replica.in_flight -= 1
+        raise last or BrokenAttempt("no_replica", "no attempt was left")
+
+    def _upstream_headers(self, request: web.Request, exchange: Exchange) -> dict[str, str]:
+        dropped = HOP_BY_HOP | ({"authorization"} if self._settings.api_keys else frozenset())
+        headers = {key: value for key, value in request.headers.items() if key.lower() not in dropped}
+        headers["X-Request-Id"] = exchange.request_id
+        return headers
+
+    def _payload(self, exchange: Exchange, expert: Expert) -> bytes:
+        """The client's own bytes; only a different upstream model name makes a new body."""
+        name = expert.endpoint.upstream_model
+        if name is None:
+            return exchange.raw
+        return json.dumps({**exchange.body, "model": name}).encode()
+
+    async def _attempt(
+        self, request: web.Request, exchange: Exchange, expert: Expert, replica: Replica
+    ) -> web.StreamResponse:
+        loop = asyncio.get_running_loop()
+        began = False
+        try:
+            async with asyncio.timeout(self._settings.first_byte_timeout_s) as limit:
+                exchange.submitted_s = time.monotonic()
+                async with self._session.post(
+                    replica.url + exchange.path,
+                    data=self._payload(exchange, expert),
+                    headers=self._upstream_headers(request, exchange),
+                ) as upstream:
+                    data = await self._first_bytes(upstream)
+                    exchange.first_in_s = exchange.last_in_s = time.monotonic()
+                    response = self._response(upstream, exchange, expert, replica)
+                    began = True
+                    await response.prepare(request)
+                    if data:
+                        await response.write(data)
+                    exchange.first_out_s = time.monotonic()
+                    self._metrics.ttft_s.labels(expert.name).observe(
+                        exchange.first_in_s - exchange.received_s
+                    )
+                    self._metrics.overhead_s.observe(exchange.inbound_s)
+                    async for data in upstream.content.iter_any():
+                        exchange.last_in_s = time.monotonic()
+                        limit.reschedule(loop.time() + self._settings.idle_timeout_s)
+                        await response.write(data)
+                    await response.write_eof()
+                    exchange.last_out_s = time.monotonic()
+                    return response
+        except FAILURES as error:
+            if began:
+                return self._cut(request, response, exchange, expert, error)
+            raise self._broken(replica, error) from error
+
+    async def _first_bytes(self, upstream: aiohttp.ClientResponse) -> bytes:
+        """The first piece of the body; an error status of the server is a broken attempt."""
+        data = await upstream.content.readany()
+        if upstream.status >= 500:
+            raise BrokenAttempt("upstream_status", f"HTTP {upstream.status}: {data[:120]!r}")
+        return data
+
+    def _response(
+        self, upstream: aiohttp.ClientResponse, exchange: Exchange, expert: Expert, replica: Replica
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
+        for key, value in upstream.headers.items():
+            if key.lower() not in HOP_BY_HOP:
+                response.headers.add(key, value)
+        if "Content-Length" in upstream.headers:
+            response.content_length = int(upstream.headers["Content-Length"])
+        exchange.status, exchange.replica = upstream.status, replica.index
+        response.headers["X-Request-Id"] = exchange.request_id
+        response.headers["X-Ersim-Expert"] = expert.name
+        response.headers["X-Ersim-Replica"] = str(replica.index)
+        response.headers["X-Ersim-Reason"] = header_text(exchange.reason)
+        response.headers["X-Ersim-Routing-Ms"] = f"{exchange.routing_s * 1e3:.3f}"
+        response.headers["X-Ersim-Gateway-Ms"] = f"{exchange.inbound_s * 1e3:.3f}"
+        return response
+
+    def _broken(self, replica: Replica, error: BaseException) -> BrokenAttempt:
+        """Name a failure before the first byte; who refuses connections is down until its health returns."""
+        if isinstance(error, asyncio.TimeoutError):
+            return BrokenAttempt("timeout", "no answer in time")
+        replica.healthy, replica.fails = False, FAILS_DOWN
+        return BrokenAttempt("connect", f"{type(error).__name__}: {error}"[:160])
+
+    def _cut(
+        self, request: web.Request, response: web.StreamResponse, exchange: Exchange, expert: Expert,
+        error: BaseException,
+    ) -> web.StreamResponse:  # fmt: skip
+        """End a stream that has begun and cannot go on; the client sees it break, not finish."""
+        gone = request.transport is None or request.transport.is_closing()
+        kind = "client_gone" if gone else "mid_stream"
+        self._metrics.errors.labels(expert.name, kind).inc()
+        exchange.error = f"{kind}: {type(error).__name__}: {error}"[:200]
+        response.force_close()
+        if request.transport is not None:
+            request.transport.abort()
+        return response
+
+
+def header_text(text: str) -> str:
+    """One line of printable ASCII, at most 200 characters: safe as a header's value."""
+    return "".join(char if " " <= char <= "~" else "?" for char in text)[:200]
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    return {"error": {"message": message, "type": kind, "code": status}}

@@ -1,0 +1,149 @@
+"""What the gateway knows of the experts: replicas, their health, who waits for a slot."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+import aiohttp
+
+from ersim.routing import Balancer, build_balancer
+from ersim.types import ExpertState, FleetState
+from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
+
+FAILS_DOWN = 3  # probes in a row that must fail by time-out; a refused connection counts as all of them
+
+
+class Replica:
+    """One upstream server; satisfies `ersim.types.ReplicaState`."""
+
+    def __init__(self, expert: str, index: int, url: str, slots: int) -> None:
+        self.expert = expert
+        self.index = index
+        self.url = url.rstrip("/")
+        self.slots = slots
+        self.in_flight = 0
+        self.kv_used_fraction = 0.0
+        self.healthy = True
+        self.fails = 0  # consecutive failed health probes
+
+    @property
+    def running(self) -> int:
+        """Requests under way that fit into its batch."""
+        return min(self.in_flight, self.slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests under way beyond that."""
+        return max(0, self.in_flight - self.slots)
+
+
+class QueueFull(Exception):
+    """No slot and no place in the queue: the client is told to come back later."""
+
+
+class Expert:
+    """One expert: its replicas, its balancer, and a bounded FIFO queue for its slots."""
+
+    def __init__(self, endpoint: ExpertEndpoint, settings: GatewaySettings, seed: int) -> None:
+        self.endpoint = endpoint
+        self.name = endpoint.name
+        share = max(1, endpoint.slots // len(endpoint.urls))
+        self.replicas = [Replica(self.name, i, url, share) for i, url in enumerate(endpoint.urls)]
+        self.balancer: Balancer = build_balancer(settings.balancer, seed)
+        self._free = endpoint.slots
+        self._queue_limit = settings.queue_limit
+        self._timeout_s = settings.queue_timeout_s
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait here for a slot."""
+        return len(self._waiters)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether any replica accepts requests."""
+        return any(replica.healthy for replica in self.replicas)
+
+    async def take_slot(self) -> None:
+        """Wait for a slot in order of arrival. Raises QueueFull when the queue is, or on time-out."""
+        if self._free > 0:
+            self._free -= 1
+            return
+        if len(self._waiters) >= self._queue_limit:
+            raise QueueFull(f"{self.name}: {len(self._waiters)} requests wait already")
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await asyncio.wait_for(waiter, self._timeout_s)
+        except TimeoutError:
+            self._forget(waiter)
+            raise QueueFull(f"{self.name}: no slot within {self._timeout_s:g} s") from None
+        except asyncio.CancelledError:
+            self._forget(waiter)
+            if waiter.done() and not waiter.cancelled():
+                self.give_slot()
+            raise
+
+    def _forget(self, waiter: asyncio.Future[None]) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+
+    def give_slot(self) -> None:
+        """Hand the slot to who waits longest, or keep it free."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        self._free += 1
+
+
+class Fleet:
+    """All experts, as the policy sees them."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self.experts = [
+            Expert(endpoint, settings, settings.seed + index)
+            for index, endpoint in enumerate(settings.experts)
+        ]
+        self.by_name = {expert.name: index for index, expert in enumerate(self.experts)}
+        self.state = FleetState([_expert_state(expert) for expert in self.experts])
+        self._settings = settings
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        """Every replica of every expert."""
+        return [replica for expert in self.experts for replica in expert.replicas]
+
+    async def watch(self, session: aiohttp.ClientSession) -> None:
+        """Ask every replica for its health, for ever: who died is skipped, who is back is used."""
+        while True:
+            await asyncio.gather(*(self._probe(session, replica) for replica in self.replicas))
+            await asyncio.sleep(self._settings.health_period_s)
+
+    async def _probe(self, session: aiohttp.ClientSession, replica: Replica) -> None:
+        timeout = aiohttp.ClientTimeout(total=self._settings.health_timeout_s)
+        try:
+            async with session.get(f"{replica.url}/health", timeout=timeout) as answer:
+                replica.fails = 0 if answer.status == 200 else replica.fails + 1
+        except TimeoutError:
+            replica.fails += 1  # a busy server may be slow to answer: believe it only when it repeats
+        except (aiohttp.ClientError, OSError):
+            replica.fails = FAILS_DOWN
+        replica.healthy = replica.fails < FAILS_DOWN
+
+
+def _expert_state(expert: Expert) -> ExpertState:
+    endpoint = expert.endpoint
+    return ExpertState(
+        name=endpoint.name,
+        model=endpoint.model,
+        domains=tuple(endpoint.domains),
+        replicas=expert.replicas,
+        slots=endpoint.slots,
+        usd_per_mtok_in=endpoint.usd_per_mtok_in,
+        usd_per_mtok_out=endpoint.usd_per_mtok_out,
+    )

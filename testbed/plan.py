@@ -1,0 +1,75 @@
+"""The designed grid of a profile: which requests make which batches, within a time budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ersim.errors import bad_value
+
+
+@dataclass
+class ProfilePlan:
+    """What a profile drives through an expert.
+
+    prefill_tokens: prompt lengths sent one at a time, `repeats` times each. decode_batches x
+    decode_contexts: that many equal requests at once, each `decode_tokens` long; combinations of
+    more than `max_context_tokens` in all are left out. mixed_users: closed loops with the
+    workload's own random lengths, `mixed_s` each; such a number of users must not be used to
+    validate. seconds bounds the whole plan: what no longer fits is skipped and said.
+    """
+
+    prefill_tokens: list[int] = field(default_factory=lambda: [16, 64, 128, 256, 512, 1024, 2048])
+    repeats: int = 2
+    decode_batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    decode_contexts: list[int] = field(default_factory=lambda: [64, 512])
+    decode_tokens: int = 16
+    max_context_tokens: int = 8192
+    mixed_users: list[int] = field(default_factory=lambda: [3, 6, 12])
+    mixed_s: float = 15.0
+    seconds: float = 150.0
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Requests of (prompt, answer) tokens, at most `at_once` under way."""
+
+    name: str
+    jobs: Sequence[tuple[int, int]]
+    at_once: int
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """Users with the workload's random lengths for some time."""
+
+    name: str
+    users: int
+    seconds: float
+
+
+Phase = Burst | ClosedLoop
+
+
+def check_plan(plan: ProfilePlan, max_model_len: int) -> None:
+    """Raise ConfigError for a plan that the engine would refuse or that cannot be fitted."""
+    longest = max([*plan.prefill_tokens, *plan.decode_contexts, 0])
+    if longest + plan.decode_tokens > max_model_len:
+        raise bad_value("plan.prefill_tokens", f"below max_model_len ({max_model_len})", longest)
+    for name in ("prefill_tokens", "decode_batches", "decode_contexts", "mixed_users"):
+        if any(value < 1 for value in getattr(plan, name)):
+            raise bad_value(f"plan.{name}", "all >= 1", getattr(plan, name))
+    if not plan.seconds > 0:
+        raise bad_value("plan.seconds", "> 0", plan.seconds)
+
+
+def phases(plan: ProfilePlan, max_num_seqs: int) -> Iterator[Phase]:
+    """The plan's phases in order: what matters most comes first."""
+    yield Burst("warmup", [(128, 8)] * 4, 2)
+    yield Burst("prefill", [(tokens, 2) for tokens in plan.prefill_tokens for _ in range(plan.repeats)], 1)
+    for context in plan.decode_contexts:
+        for batch in plan.decode_batches:
+            if batch <= max_num_seqs and batch * context <= plan.max_context_tokens:
+                yield Burst(f"decode-c{context}-b{batch}", [(context, plan.decode_tokens)] * batch, batch)
+    for users in plan.mixed_users:
+        yield ClosedLoop(f"mixed-{users}", users, plan.mixed_s)

@@ -1,0 +1,190 @@
+"""vLLM scheduler plugin that logs every engine step to a compact file.
+
+Start a server with ``--scheduler-cls testbed.recording_scheduler.make_scheduler`` and
+``ERSIM_STEP_LOG=<file>``. The engine's thread only appends tuples to a queue; a daemon thread turns
+them into one JSON array a line. All times are ``time.monotonic()`` seconds (CLOCK_MONOTONIC, one
+clock for all processes of a machine, so that steps join with client-side records).
+
+Lines, by their first element:
+  "m"  meta: one mapping with the engine's constants
+  "a"  [t, index, request id, prompt tokens, max_tokens, priority, block hashes of the prompt]
+  "f"  [t, index, status, output tokens, preemptions, block hashes at the end]
+  "s"  [n, s0, s1, u0, u1, running, waiting, blocks used, decode rows, their computed tokens summed,
+        the largest of these, other rows, preempted indices, prefix hits, tokens out, record cost]
+s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are
+[index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]; decode rows (one
+token, prompt computed) are folded, so that a line does not grow with the batch. Prefix hits are
+[index, cached tokens] of newly admitted requests. Requests are indexed in order of arrival.
+Written for vLLM 0.32.0; the hooks exist unchanged in 0.26.0.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+FLUSH_PERIOD_S = 0.5
+
+
+class StepLog:
+    """Append-only file fed by a queue; serialising and writing happen in a daemon thread."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "a", buffering=1 << 20)  # noqa: SIM115 (lives as long as the server)
+        self._queue: deque[tuple[Any, ...]] = deque()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="ersim-step-log")
+        self._thread.start()
+        atexit.register(self.close)
+
+    def put(self, record: tuple[Any, ...]) -> None:
+        """Queue one record; atomic, never blocks the engine."""
+        self._queue.append(record)
+
+    def _drain(self) -> None:
+        with self._lock:
+            lines = []
+            while self._queue:
+                lines.append(json.dumps(self._queue.popleft(), separators=(",", ":")))
+            if lines:
+                self._file.write("\n".join(lines) + "\n")
+                self._file.flush()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(FLUSH_PERIOD_S):
+            self._drain()
+
+    def close(self) -> None:
+        """Write what is queued; safe to call twice."""
+        self._stop.set()
+        self._drain()
+
+
+def _meta(scheduler: Any) -> dict[str, Any]:
+    import vllm
+
+    settings, cache = scheduler.scheduler_config, scheduler.cache_config
+    model = scheduler.vllm_config.model_config
+    return {
+        "format": 1,
+        "vllm_version": vllm.__version__,
+        "scheduler": type(scheduler).__name__,
+        "monotonic_s": time.monotonic(),
+        "epoch_s": time.time(),
+        "async_scheduling": bool(settings.async_scheduling),
+        "max_num_seqs": scheduler.max_num_running_reqs,
+        "max_num_batched_tokens": scheduler.max_num_scheduled_tokens,
+        "long_prefill_token_threshold": settings.long_prefill_token_threshold,
+        "policy": str(settings.policy),
+        "watermark": settings.watermark,
+        "scheduler_reserve_full_isl": settings.scheduler_reserve_full_isl,
+        "enable_chunked_prefill": settings.enable_chunked_prefill,
+        "enable_prefix_caching": cache.enable_prefix_caching,
+        "block_size": scheduler.block_size,
+        "num_blocks": scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
+        "max_model_len": scheduler.max_model_len,
+        "model": model.model,
+        "quantization": str(model.quantization) if model.quantization else None,
+    }
+
+
+class RecordingMixin:
+    """Wraps the four scheduler calls that make up a request's and a step's life."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._log = StepLog(os.environ.get("ERSIM_STEP_LOG", f"steps-{os.getpid()}.jsonl"))
+        self._steps = 0
+        self._added = 0
+        self._index: dict[str, int] = {}
+        self._in_flight: deque[list[Any]] = deque()
+        self._log.put(("m", _meta(self)))
+
+    def add_request(self, request: Any) -> None:
+        super().add_request(request)  # type: ignore[misc]
+        index = self._index[request.request_id] = self._added
+        self._added += 1
+        hashes = [block_hash.hex()[:12] for block_hash in request.block_hashes]
+        self._log.put(
+            ("a", time.monotonic(), index, request.request_id, request.num_prompt_tokens,
+             request.max_tokens, request.priority, hashes)
+        )  # fmt: skip
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        hashes = [block_hash.hex()[:12] for block_hash in request.block_hashes]
+        self._log.put(
+            ("f", time.monotonic(), self._index.get(request.request_id), request.status.name,
+             request.num_output_tokens, request.num_preemptions, hashes)
+        )  # fmt: skip
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        s0 = time.monotonic()
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        s1 = time.monotonic()
+        self._in_flight.append(self._describe(output, s0, s1))
+        self._in_flight[-1].append(time.monotonic() - s1)
+        self._steps += 1
+        return output
+
+    def _describe(self, output: Any, s0: float, s1: float) -> list[Any]:
+        index, requests = self._index, self.requests  # type: ignore[attr-defined]
+        decode, context, context_max, others = 0, 0, 0, []
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            request = requests[request_id]
+            computed = request.num_computed_tokens - tokens  # schedule() has advanced it already
+            if tokens == 1 and computed >= request.num_prompt_tokens:
+                decode += 1
+                context += computed
+                if computed > context_max:
+                    context_max = computed
+            else:
+                others.append(
+                    (index[request_id], tokens, computed, request.num_tokens, request.num_prompt_tokens)
+                )
+        pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        waiting = len(self.waiting) + len(getattr(self, "kv_holding_waiting", ()))  # type: ignore[attr-defined]
+        hits = [(index[new.req_id], new.num_computed_tokens) for new in output.scheduled_new_reqs]
+        preempted = [index[request_id] for request_id in sorted(output.preempted_req_ids or ())]
+        return ["s", self._steps, s0, s1, 0.0, 0.0, len(self.running), waiting, used,  # type: ignore[attr-defined]
+                decode, context, context_max, others, preempted, hits, 0]  # fmt: skip
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        u0 = time.monotonic()
+        result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        u1 = time.monotonic()
+        record = self._in_flight.popleft()  # first in, first out: outputs come in schedule order
+        record[4], record[5] = u0, u1
+        record[15] = sum(len(out.new_token_ids) for core in result.values() for out in core.outputs)
+        record[16] += time.monotonic() - u1
+        self._log.put(tuple(record))
+        return result
+
+    def shutdown(self) -> None:
+        self._log.close()
+        super().shutdown()  # type: ignore[misc]
+
+
+class RecordingScheduler(RecordingMixin, Scheduler):  # type: ignore[misc]
+    """vLLM's synchronous scheduler, recorded."""
+
+
+class RecordingAsyncScheduler(RecordingMixin, AsyncScheduler):  # type: ignore[misc]
+    """vLLM's asynchronous scheduler, recorded."""
+
+
+def make_scheduler(*args: Any, **kwargs: Any) -> Any:
+    """Build the recorder on the base that the server's own configuration would have chosen."""
+    config = kwargs.get("vllm_config") or args[0]
+    base = RecordingAsyncScheduler if config.scheduler_config.async_scheduling else RecordingScheduler
+    return base(*args, **kwargs)

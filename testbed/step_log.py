@@ -1,0 +1,206 @@
+"""Reads what the recorder wrote: engine steps with their periods, requests, the engine's constants.
+
+Step period. Synchronous scheduling runs schedule, execute, update one after the other; the outputs
+of step n leave at u1[n], so that the period is u1[n] - u1[n-1] while requests are unfinished, and
+u1[n] - s0[n] for the first step after an idle engine. Asynchronous scheduling overlaps them: the
+period is u0[n] - max(u0[n-1], s1[n]), and u0[n] - s0[n] would double it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ersim.errors import DataError
+from ersim.types import Batch
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """A row of a step that was not a plain decode row."""
+
+    request: int
+    tokens: int
+    computed_tokens: int
+    total_tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedStep:
+    """One engine step that ran something; times are monotonic seconds."""
+
+    number: int
+    schedule_s: float
+    scheduled_s: float
+    update_s: float
+    updated_s: float
+    running: int
+    waiting: int
+    blocks_used: int
+    decode_seqs: int
+    decode_context_tokens: int
+    decode_context_max: int
+    rows: tuple[StepRow, ...]
+    preempted: tuple[int, ...]
+    hits: tuple[tuple[int, int], ...]
+    tokens_out: int
+    record_cost_s: float
+
+    def batch(self) -> Batch:
+        """The step as the step-time models see it."""
+        prefills = [(row.tokens, row.computed_tokens) for row in self.rows]
+        return Batch(
+            tokens=self.decode_seqs + sum(row.tokens for row in self.rows),
+            decode_seqs=self.decode_seqs,
+            decode_context_tokens=self.decode_context_tokens,
+            decode_context_max=self.decode_context_max,
+            prefills=prefills,
+            sampled_seqs=self.decode_seqs
+            + sum(row.computed_tokens + row.tokens >= row.total_tokens for row in self.rows),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedRequest:
+    """One request as the engine saw it; `finished_s` and what follows are None while it runs."""
+
+    index: int
+    request_id: str
+    added_s: float
+    prompt_tokens: int
+    max_tokens: int
+    priority: int
+    prompt_hashes: tuple[str, ...]
+    finished_s: float | None = None
+    status: str | None = None
+    output_tokens: int | None = None
+    preemptions: int | None = None
+    final_hashes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """A whole log: the engine's constants, its steps (empty calls dropped), its requests by index."""
+
+    meta: Mapping[str, Any]
+    steps: Sequence[LoggedStep]
+    requests: Mapping[int, LoggedRequest]
+
+    def between(self, start_s: float, end_s: float) -> StepLog:
+        """The steps that were scheduled and delivered inside an interval (monotonic seconds)."""
+        inside = [step for step in self.steps if step.schedule_s >= start_s and step.updated_s <= end_s]
+        return StepLog(self.meta, inside, self.requests)
+
+    def periods_s(self) -> npt.NDArray[np.float64]:
+        """Seconds that each step took, shape (steps,); see the module's head."""
+        return periods_s(self.steps, bool(self.meta["async_scheduling"]))
+
+    def ends_s(self) -> npt.NDArray[np.float64]:
+        """Moment at which each step's outputs were there, shape (steps,)."""
+        if self.meta["async_scheduling"]:
+            return np.array([step.update_s for step in self.steps])
+        return np.array([step.updated_s for step in self.steps])
+
+    def record_overhead(self) -> float:
+        """Share of the steps' time that recording took."""
+        total = float(self.periods_s().sum())
+        return sum(step.record_cost_s for step in self.steps) / total if total else 0.0
+
+
+def periods_s(steps: Sequence[LoggedStep], asynchronous: bool) -> npt.NDArray[np.float64]:
+    """Period of each of consecutive steps, seconds, shape (steps,)."""
+    result = np.empty(len(steps))
+    previous: LoggedStep | None = None
+    for index, step in enumerate(steps):
+        if asynchronous:
+            start = step.scheduled_s if previous is None else max(previous.update_s, step.scheduled_s)
+            result[index] = step.update_s - start
+        else:
+            follows = previous is not None and previous.number == step.number - 1
+            start = previous.updated_s if follows and previous is not None else step.schedule_s
+            result[index] = step.updated_s - start
+        previous = step
+    return result
+
+
+def _parse_lines(path: Path) -> Iterator[list[Any]]:
+    try:
+        stream = open(path, encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise DataError(f"{path}: step log cannot be read ({error}); was the recorder on?") from error
+    with stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                if not line.endswith("\n"):
+                    return  # the server was cut off while writing its last line
+                raise DataError(
+                    f"{path}: line {number} is not JSON ({error.msg}); the file is damaged"
+                ) from None
+            if not isinstance(record, list) or not record:
+                raise DataError(f"{path}: line {number} must be a JSON array, got {line[:60]!r}")
+            yield record
+
+
+def _step(record: Sequence[Any]) -> LoggedStep:
+    values: list[Any] = [
+        *record[1:12],
+        tuple(StepRow(*row) for row in record[12]),
+        tuple(record[13]),
+        tuple((index, tokens) for index, tokens in record[14]),
+        *record[15:17],
+    ]
+    return LoggedStep(*values)
+
+
+def _finish(request: LoggedRequest, record: Sequence[Any]) -> LoggedRequest:
+    return LoggedRequest(
+        request.index,
+        request.request_id,
+        request.added_s,
+        request.prompt_tokens,
+        request.max_tokens,
+        request.priority,
+        request.prompt_hashes,
+        finished_s=record[1],
+        status=record[3],
+        output_tokens=record[4],
+        preemptions=record[5],
+        final_hashes=tuple(record[6]),
+    )
+
+
+def read_step_log(path: Path) -> StepLog:
+    """Read a recorder's file. Raises DataError naming file, line and remedy."""
+    meta: dict[str, Any] | None = None
+    steps: list[LoggedStep] = []
+    requests: dict[int, LoggedRequest] = {}
+    for record in _parse_lines(path):
+        kind = record[0]
+        if kind == "m":
+            if record[1].get("format") != FORMAT:
+                raise DataError(
+                    f"{path}: format must be {FORMAT}, got {record[1].get('format')!r}; record it again"
+                )
+            meta, steps, requests = record[1], [], {}  # a server that was started again counts anew
+        elif kind == "a":
+            requests[record[2]] = LoggedRequest(
+                record[2], record[3], record[1], record[4], record[5], record[6], tuple(record[7])
+            )
+        elif kind == "f" and record[2] in requests:
+            requests[record[2]] = _finish(requests[record[2]], record)
+        elif kind == "s" and (record[9] or record[12]):
+            steps.append(_step(record))
+    if meta is None:
+        raise DataError(f"{path}: no line with the engine's constants; the file is cut or no step log")
+    return StepLog(meta, steps, requests)

@@ -1,0 +1,84 @@
+"""A stand-in for an expert that answers at once: for the gateway's benchmark and its tests alone.
+
+It computes nothing, so that what is measured is the gateway. Never used to predict or validate.
+``python -m testbed.stub_upstream PORT`` serves; answers hold `max_tokens` one-token events, spaced
+by `pace_s` of the body (0 by default), and `fail` of the body asks for a fault: "500", "cut".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+from aiohttp import web
+
+
+def _event(number: int) -> bytes:
+    choice = {"index": 0, "text": f" w{number}", "token_ids": [number + 3], "finish_reason": None}
+    return b"data: " + json.dumps({"object": "text_completion", "choices": [choice]}).encode() + b"\n\n"
+
+
+class Stub:
+    """Counts what it was asked; `aborted` are requests whose client went away."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.aborted = 0
+        self.bodies: list[bytes] = []
+        self.keep_bodies = False
+
+    def app(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(client_max_size=64 * 2**20)
+        app.router.add_post("/v1/completions", self.complete)
+        app.router.add_post("/v1/chat/completions", self.complete)
+        app.router.add_get("/health", self.health)
+        return app
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Always well."""
+        return web.Response()
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        """Answer with a stream, or with one JSON document."""
+        raw = await request.read()
+        body = json.loads(raw)
+        self.requests += 1
+        if self.keep_bodies:
+            self.bodies.append(raw)
+        if body.get("fail") == "500":
+            return web.json_response({"error": {"message": "asked to fail"}}, status=500)
+        if not body.get("stream"):
+            return web.json_response({"choices": [{"index": 0, "text": "w3"}], "model": body.get("model")})
+        return await self._stream(request, body)
+
+    async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        pace_s = float(body.get("pace_s", 0.0))
+        try:
+            for number in range(int(body.get("max_tokens", 1))):
+                if pace_s:
+                    await asyncio.sleep(pace_s)
+                await response.write(_event(number))
+                if body.get("fail") == "cut" and number == 1:
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
+            await response.write(b"data: [DONE]\n\n")
+        except (ConnectionResetError, asyncio.CancelledError):
+            self.aborted += 1
+            raise
+        return response
+
+
+def main() -> int:
+    """Serve on loopback until interrupted."""
+    web.run_app(Stub().app(), host="127.0.0.1", port=int(sys.argv[1]), handler_cancellation=True, print=None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

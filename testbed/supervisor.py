@@ -1,0 +1,82 @@
+"""Run a command so that it cannot outlive whoever started it.
+
+``python -m testbed.supervisor -- command...`` starts the command in its own process group and
+waits. When standard input reaches its end (the starter closed it, crashed or was killed) or a
+termination signal arrives, the whole group gets SIGINT, then SIGTERM, then SIGKILL. Exit status:
+the command's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+GRACE_S = {signal.SIGINT: 6.0, signal.SIGTERM: 4.0, signal.SIGKILL: 5.0}
+
+
+def signal_group(group: int, number: signal.Signals) -> None:
+    """Send a signal to every process of a group; a group that is gone is fine."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def group_alive(group: int) -> bool:
+    """Whether any process of the group still exists."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Stop every process in the command's group, politely first."""
+    for number, grace_s in GRACE_S.items():
+        signal_group(process.pid, number)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            process.poll()  # reaps the leader, which would otherwise keep the group alive
+            if not group_alive(process.pid):
+                return
+            time.sleep(0.05)
+
+
+def supervise(command: list[str]) -> int:
+    """Run the command until it ends or the starter does; returns its exit status."""
+    wake_read, wake_write = os.pipe()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, lambda got, _frame: os.write(wake_write, bytes([got])))
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while process.poll() is None:
+            ready, _, _ = select.select([0, wake_read], [], [], 1.0)
+            if wake_read in ready and os.read(wake_read, 1)[0] != signal.SIGCHLD:
+                break
+            if 0 in ready and not os.read(0, 4096):
+                break
+    finally:
+        end_group(process)
+    return process.wait()
+
+
+def main() -> int:
+    """Entry point of ``python -m testbed.supervisor``."""
+    command = sys.argv[1:]
+    if command[:1] == ["--"]:
+        command = command[1:]
+    if not command:
+        print("usage: python -m testbed.supervisor -- command [arguments]", file=sys.stderr)
+        return 2
+    status = supervise(command)
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

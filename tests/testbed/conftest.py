@@ -1,0 +1,80 @@
+"""Gateways over stub upstreams, all in the test's own event loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from ersim.routing import ExpertProfile, create_policy
+from testbed.expert_server import free_port
+from testbed.gateway.app import Gateway, build_gateway
+from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
+from testbed.stub_upstream import Stub
+
+
+@dataclass
+class Setup:
+    """A running gateway with stubs behind it; stubs[expert] is one server."""
+
+    url: str
+    gateway: Gateway
+    stubs: list[Stub]
+    session: aiohttp.ClientSession
+    stop_stub: Callable[[int], Any]
+    start_stub: Callable[[int], Any]
+    access_log: Path
+
+
+async def serve(stack: AsyncExitStack, app: web.Application, port: int) -> web.AppRunner:
+    """Run an application on loopback until the stack closes."""
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.2)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
+    return runner
+
+
+@pytest.fixture
+async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+    """Factory: `await make_gateway(experts=2, policy="round_robin", **settings)`."""
+    async with AsyncExitStack() as stack:
+
+        async def make(
+            experts: int = 2, policy: str = "round_robin", slots: int = 64, **options: Any
+        ) -> Setup:
+            stubs = [Stub() for _ in range(experts)]
+            ports = [free_port() for _ in range(experts)]
+            runners: dict[int, web.AppRunner] = {}
+
+            async def start(index: int) -> None:
+                runners[index] = await serve(stack, stubs[index].app(), ports[index])
+
+            async def stop(index: int) -> None:
+                await runners[index].cleanup()
+
+            for index in range(experts):
+                await start(index)
+            endpoints = [
+                ExpertEndpoint(f"e{i}", [f"http://127.0.0.1:{port}"], slots=slots)
+                for i, port in enumerate(ports)
+            ]
+            path = tmp_path / "policy.bin"
+            create_policy(policy, [ExpertProfile(e.name, "m") for e in endpoints], {}).save(path)
+            log = tmp_path / "access.jsonl"
+            settings = GatewaySettings(
+                experts=endpoints, policy_path=str(path), port=free_port(), access_log=str(log),
+                **{"health_period_s": 0.1, "health_timeout_s": 0.1, **options},
+            )  # fmt: skip
+            gateway = build_gateway(settings)
+            await serve(stack, gateway.app(), settings.port)
+            session = await stack.enter_async_context(aiohttp.ClientSession())
+            return Setup(f"http://127.0.0.1:{settings.port}", gateway, stubs, session, stop, start, log)
+
+        yield make

@@ -1,0 +1,218 @@
+"""The gateway's promises, each against stub upstreams: what passes, what is retried, what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+import pytest
+
+from ersim.errors import ConfigError
+from testbed.gateway.query import routing_query
+from testbed.gateway.settings import ExpertEndpoint, GatewaySettings, check
+from testbed.stub_upstream import _event
+
+BODY: dict[str, Any] = {"model": "auto", "prompt": "w5 w6", "max_tokens": 5, "stream": True}
+
+
+async def post(setup: Any, body: Any, path: str = "/v1/completions", **kwargs: Any) -> tuple[int, bytes, Any]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with setup.session.post(setup.url + path, data=data, **kwargs) as answer:
+        return answer.status, await answer.read(), answer.headers
+
+
+async def test_streams_pass_byte_for_byte_with_headers(make_gateway: Any) -> None:
+    setup = await make_gateway()
+    expected = b"".join(_event(n) for n in range(5)) + b"data: [DONE]\n\n"
+    seen = []
+    for _ in range(4):
+        status, data, headers = await post(setup, BODY)
+        assert (status, data) == (200, expected)
+        assert headers["Content-Type"] == "text/event-stream"
+        assert headers["X-Ersim-Reason"] and float(headers["X-Ersim-Routing-Ms"]) >= 0
+        seen.append(headers["X-Ersim-Expert"])
+    assert sorted(seen) == ["e0", "e0", "e1", "e1"]
+
+
+async def test_unknown_fields_and_tools_reach_the_expert_untouched(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1)
+    setup.stubs[0].keep_bodies = True
+    raw = b'{ "model":"auto",  "messages":[{"role":"user","content":"hi"}], "tools":[{"x":1}],"new":1.50 }'
+    status, _, _ = await post(setup, raw, "/v1/chat/completions")
+    assert status == 200 and setup.stubs[0].bodies == [raw]
+
+
+async def test_an_expert_can_be_asked_by_name_and_unknown_models_are_404(make_gateway: Any) -> None:
+    setup = await make_gateway()
+    for _ in range(3):
+        _, _, headers = await post(setup, {**BODY, "model": "e1"})
+        assert headers["X-Ersim-Expert"] == "e1"
+    status, data, _ = await post(setup, {**BODY, "model": "nobody"})
+    assert status == 404 and "nobody" in json.loads(data)["error"]["message"]
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b'"text"'])
+async def test_bad_bodies_are_400(make_gateway: Any, raw: bytes) -> None:
+    status, data, _ = await post(await make_gateway(), raw)
+    assert status == 400 and json.loads(data)["error"]["type"] == "invalid_request_error"
+
+
+async def test_too_large_bodies_are_413(make_gateway: Any) -> None:
+    setup = await make_gateway(max_body_bytes=1000)
+    assert (await post(setup, {**BODY, "prompt": "w " * 1000}))[0] == 413
+
+
+async def test_failure_before_the_first_byte_is_retried_elsewhere(make_gateway: Any) -> None:
+    setup = await make_gateway(health_period_s=30.0)
+    await asyncio.sleep(0.05)
+    await setup.stop_stub(0)
+    for _ in range(6):
+        status, _, headers = await post(setup, BODY)
+        assert status == 200 and headers["X-Ersim-Expert"] == "e1"
+    errors = setup.gateway.metrics.errors.labels("e0", "connect")._value.get()
+    assert errors == 1  # the first failure marks it as down
+
+
+async def test_a_restarted_expert_comes_back_without_a_gateway_restart(make_gateway: Any) -> None:
+    setup = await make_gateway()
+    await setup.stop_stub(0)
+    await asyncio.sleep(0.8)
+    async with setup.session.get(setup.url + "/ready") as answer:
+        assert answer.status == 503 and (await answer.json())["down"] == ["e0"]
+    await setup.start_stub(0)
+    await asyncio.sleep(0.8)
+    seen = {(await post(setup, BODY))[2]["X-Ersim-Expert"] for _ in range(4)}
+    assert seen == {"e0", "e1"}
+
+
+async def test_all_experts_down_is_a_clear_503_with_retry_after(make_gateway: Any) -> None:
+    setup = await make_gateway()
+    await setup.stop_stub(0)
+    await setup.stop_stub(1)
+    await asyncio.sleep(0.8)
+    status, data, headers = await post(setup, BODY)
+    assert status == 503 and headers["Retry-After"] == "1"
+    assert "e" in json.loads(data)["error"]["message"]
+
+
+async def test_server_errors_are_retried_and_then_reported(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1)
+    status, data, _ = await post(setup, {**BODY, "fail": "500"})
+    assert status == 502 and setup.stubs[0].requests == 3
+    assert "HTTP 500" in json.loads(data)["error"]["message"]
+
+
+async def test_a_broken_stream_stays_broken_and_is_counted(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1)
+    with pytest.raises(aiohttp.ClientError):
+        await post(setup, {**BODY, "fail": "cut"})
+    assert setup.stubs[0].requests == 1, "nothing is retried after the first byte"
+    assert setup.gateway.metrics.errors.labels("e0", "mid_stream")._value.get() == 1
+
+
+async def test_client_disconnect_closes_the_upstream(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1)
+    body = json.dumps({**BODY, "max_tokens": 1000, "pace_s": 0.01}).encode()
+    answer = await setup.session.post(setup.url + "/v1/completions", data=body)
+    await answer.content.readany()
+    answer.close()
+    for _ in range(50):
+        await asyncio.sleep(0.02)
+        if setup.stubs[0].aborted:
+            break
+    assert setup.stubs[0].aborted == 1
+    assert setup.gateway.fleet.replicas[0].in_flight == 0
+    assert setup.gateway.metrics.errors.labels("e0", "client_gone")._value.get() == 1
+
+
+async def test_the_queue_is_bounded_in_order_and_says_when_to_retry(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, slots=1, queue_limit=2)
+    body = {**BODY, "max_tokens": 3, "pace_s": 0.1}
+    tasks = []
+    for _ in range(5):
+        tasks.append(asyncio.create_task(post(setup, body)))
+        await asyncio.sleep(0.02)
+    answers = await asyncio.gather(*tasks)
+    assert [status for status, _, _ in answers] == [200, 200, 200, 429, 429]
+    assert answers[3][2]["Retry-After"] == "1"
+    assert setup.gateway.fleet.experts[0]._free == 1, "every slot is given back"
+
+
+async def test_a_waiter_that_leaves_does_not_lose_the_slot(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, slots=1)
+    slow = asyncio.create_task(post(setup, {**BODY, "max_tokens": 10, "pace_s": 0.03}))
+    await asyncio.sleep(0.05)
+    leaver = asyncio.create_task(post(setup, BODY))
+    await asyncio.sleep(0.05)
+    leaver.cancel()
+    assert (await slow)[0] == 200
+    assert (await asyncio.wait_for(post(setup, BODY), 2))[0] == 200
+
+
+async def test_queue_time_out_is_429(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, slots=1, queue_timeout_s=0.1)
+    slow = asyncio.create_task(post(setup, {**BODY, "max_tokens": 10, "pace_s": 0.05}))
+    await asyncio.sleep(0.05)
+    assert (await post(setup, BODY))[0] == 429
+    assert (await slow)[0] == 200
+
+
+async def test_first_byte_time_out_is_504(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, first_byte_timeout_s=0.2, attempts=1)
+    status, _, _ = await post(setup, {**BODY, "pace_s": 5.0})
+    assert status == 504
+
+
+async def test_keys_are_asked_for_and_not_passed_on(make_gateway: Any) -> None:
+    setup = await make_gateway(api_keys=["secret"])
+    assert (await post(setup, BODY))[0] == 401
+    assert (await post(setup, BODY, headers={"Authorization": "Bearer wrong"}))[0] == 401
+    assert (await post(setup, BODY, headers={"Authorization": "Bearer secret"}))[0] == 200
+    async with setup.session.get(setup.url + "/health") as answer:
+        assert answer.status == 200
+
+
+async def test_metrics_and_models(make_gateway: Any) -> None:
+    setup = await make_gateway()
+    for _ in range(4):
+        await post(setup, BODY)
+    async with setup.session.get(setup.url + "/metrics") as answer:
+        text = await answer.text()
+    assert 'ersim_requests_total{expert="e0",status="200"} 2.0' in text
+    assert "ersim_routing_seconds_bucket" in text and 'ersim_ttft_seconds_count{expert="e1"} 2.0' in text
+    assert 'ersim_replica_healthy{expert="e0",replica="0"} 1.0' in text
+    async with setup.session.get(setup.url + "/v1/models") as answer:
+        names = [entry["id"] for entry in (await answer.json())["data"]]
+    assert names == ["auto", "e0", "e1"]
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"prompt": "one two"}, "one two"),
+        ({"prompt": ["a", "b"]}, "a\nb"),
+        ({"prompt": [1, 2, 3], "metadata": {"routing_text": "seen"}}, "seen"),
+        ({"prompt": [1, 2, 3]}, ""),
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}, "u"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "p"}, {"type": "image_url"}]}
+                ]
+            },
+            "p",
+        ),
+        ({"messages": "nonsense"}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_router_reads_text_and_nothing_else(body: dict[str, Any], text: str) -> None:
+    assert routing_query(body).text == text
+
+
+def test_a_public_address_needs_keys() -> None:
+    endpoint = ExpertEndpoint("e", ["http://127.0.0.1:1"])
+    with pytest.raises(ConfigError, match="loopback"):
+        check(GatewaySettings(experts=[endpoint], policy_path="p", host="0.0.0.0"))
