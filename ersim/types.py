@@ -72,7 +72,6 @@ class Request:
     arrival_s: float | None = None
 
 
-
 class Batch:
     """What one engine step runs, in numbers that a step-time model needs.
 
@@ -85,12 +84,12 @@ class Batch:
     """
 
     __slots__ = (
-        "tokens",
-        "decode_seqs",
-        "decode_context_tokens",
         "decode_context_max",
+        "decode_context_tokens",
+        "decode_seqs",
         "prefills",
         "sampled_seqs",
+        "tokens",
     )
 
     def __init__(

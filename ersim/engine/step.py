@@ -1,0 +1,52 @@
+"""One engine step: what the scheduler chose, and what came of it when the step ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ersim.types import Batch
+
+if TYPE_CHECKING:
+    from ersim.engine.request import EngineRequest
+
+NOBODY: tuple[EngineRequest, ...] = ()
+"""Shared by all steps in which nothing happened to anybody; never mutated."""
+
+
+class Step:
+    """The decision of one `schedule` call and, after its `update`, the outcome.
+
+    index: counts steps that run something; -1 marks a step that runs nothing.
+    batch: what a step-time model needs.
+    admitted, resumed: requests that joined the batch in this step (resumed: after a preemption).
+    preempted: requests that lost their KV blocks so that this step could be scheduled.
+    first: requests that emit their very first token when this step ends.
+    finished: requests that end when this step ends; filled by `update`.
+    tokens_out: tokens delivered when this step ends; final after `update` (rows that are computed
+    in vain, after an end-of-sequence token or an abort, deliver none).
+    rows: requests outside the bulk whose token of this step `update` must count one by one.
+    """
+
+    __slots__ = (
+        "admitted",
+        "batch",
+        "finished",
+        "first",
+        "index",
+        "preempted",
+        "resumed",
+        "rows",
+        "tokens_out",
+    )
+
+    def __init__(self, index: int, batch: Batch, tokens_out: int) -> None:
+        self.index = index
+        self.batch = batch
+        self.tokens_out = tokens_out
+        self.admitted: Sequence[EngineRequest] = NOBODY
+        self.resumed: Sequence[EngineRequest] = NOBODY
+        self.preempted: Sequence[EngineRequest] = NOBODY
+        self.first: Sequence[EngineRequest] = NOBODY
+        self.finished: Sequence[EngineRequest] = NOBODY
+        self.rows: list[EngineRequest] | None = None
