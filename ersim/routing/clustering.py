@@ -115,7 +115,150 @@ def _plus_plus(rows: Rows, clusters: int, generator: np.random.Generator) -> Row
     return np.array(centres)
 
 
-CLUSTERINGS: Mapping[str, type[Clustering]] = MappingProxyType({"kmeans": KMeans})
+class MiniBatchKMeans(NearestCentre):
+    """k-means on random batches (scikit-learn): for training sets of 100,000 prompts and more."""
+
+    def fit(self, rows: Rows, clusters: int, seed: int) -> None:
+        """Fit, then keep the means of the resulting clusters."""
+        from sklearn.cluster import MiniBatchKMeans as Method
+
+        method = Method(clusters, random_state=seed, n_init=4, batch_size=1024)
+        self._keep(rows, method.fit_predict(rows))
+
+
+class BalancedKMeans(NearestCentre):
+    """k-means whose training clusters hold at most ceil(rows / clusters) rows each.
+
+    As in cluster-branch-train-merge (arXiv:2303.14177): balanced while training, nearest centre
+    afterwards. Here the rows with most to lose choose first, in place of an exact assignment.
+    """
+
+    iterations = 15
+
+    def fit(self, rows: Rows, clusters: int, seed: int) -> None:
+        """Start from plain k-means centres, then alternate capped assignment and means."""
+        start = KMeans()
+        start.fit(rows, clusters, seed)
+        centres = start.centres
+        labels = np.zeros(len(rows), dtype=np.intp)
+        for _ in range(self.iterations):
+            found = _capped_assignment(squared_distances(rows, centres))
+            if np.array_equal(found, labels):
+                break
+            labels = found
+            centres = np.array([rows[labels == index].mean(axis=0) for index in range(len(centres))])
+        self._keep(rows, labels)
+
+
+def _capped_assignment(distance: Rows) -> Labels:
+    """Nearest centre with room for each row; rows with the largest regret are placed first."""
+    count, clusters = distance.shape
+    room = np.full(clusters, -(-count // clusters))
+    order = np.argsort(distance, axis=1)
+    if clusters == 1:
+        return np.zeros(count, dtype=np.intp)
+    nearest_two = np.take_along_axis(distance, order[:, :2], axis=1)
+    labels = np.zeros(count, dtype=np.intp)
+    for row in np.argsort(nearest_two[:, 0] - nearest_two[:, 1], kind="stable"):
+        for cluster in order[row]:
+            if room[cluster] > 0:
+                labels[row] = cluster
+                room[cluster] -= 1
+                break
+    return _fill_empty(labels, distance)
+
+
+def _fill_empty(labels: Labels, distance: Rows) -> Labels:
+    """Give each empty cluster the row nearest to it, so that every centre stays defined."""
+    for cluster in range(distance.shape[1]):
+        if not (labels == cluster).any():
+            sizes = np.bincount(labels, minlength=distance.shape[1])
+            movable = np.where(sizes[labels] > 1, distance[:, cluster], np.inf)
+            labels[int(np.argmin(movable))] = cluster
+    return labels
+
+
+class GaussianMixture(Clustering):
+    """A mixture of Gaussians with diagonal covariances (scikit-learn); the densest component wins."""
+
+    def fit(self, rows: Rows, clusters: int, seed: int) -> None:
+        """Fit by expectation maximisation from a k-means start."""
+        from sklearn.mixture import GaussianMixture as Method
+
+        floor = 1e-3 * max(float(rows.var(axis=0).mean()), 1e-9)
+        method = Method(clusters, covariance_type="diag", reg_covar=floor, random_state=seed, max_iter=60)
+        method.fit(rows)
+        self._means, self._precision = method.means_, 1.0 / method.covariances_
+        self._constant = np.log(np.maximum(method.weights_, 1e-300)) - 0.5 * np.log(method.covariances_).sum(
+            1
+        )
+        self.count = len(self._means)
+
+    def assign(self, rows: Rows) -> Labels:
+        """The component with the highest posterior."""
+        labels = np.empty(len(rows), dtype=np.intp)
+        for start in range(0, len(rows), CHUNK):
+            difference = rows[start : start + CHUNK, None, :] - self._means[None, :, :]
+            distance = np.einsum("ijk,ijk,jk->ij", difference, difference, self._precision)
+            labels[start : start + CHUNK] = np.argmax(self._constant - 0.5 * distance, axis=1)
+        return labels
+
+
+class Agglomerative(NearestCentre):
+    """Ward's hierarchical clustering (scikit-learn) of at most `most` rows; nearest mean afterwards."""
+
+    most = 4_000
+
+    def fit(self, rows: Rows, clusters: int, seed: int) -> None:
+        """Cluster a sample when there are more rows: memory grows with their square."""
+        from sklearn.cluster import AgglomerativeClustering
+
+        if len(rows) > self.most:
+            rows = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[: self.most])]
+        self._keep(rows, AgglomerativeClustering(min(clusters, len(rows))).fit_predict(rows))
+
+
+class Hdbscan(NearestCentre):
+    """Density clusters (scikit-learn's HDBSCAN), which choose their own number; nearest mean afterwards.
+
+    `clusters` only sets the smallest cluster size, rows / (4 clusters). In text features most rows
+    are noise and few clusters appear: with fewer than two, or over `most_noise` noise, k-means
+    takes over and `fell_back` says so.
+    """
+
+    most_noise = 0.7
+    fell_back = False
+    noise = 0.0
+
+    def fit(self, rows: Rows, clusters: int, seed: int) -> None:
+        """Find dense clusters, or fall back."""
+        from sklearn.cluster import HDBSCAN
+
+        smallest = max(5, len(rows) // (4 * max(clusters, 1)))
+        if len(rows) < 2 * smallest:
+            labels = np.full(len(rows), -1)
+        else:
+            labels = HDBSCAN(min_cluster_size=smallest, min_samples=5, copy=True).fit_predict(rows)
+        self.noise = float(np.mean(labels < 0))
+        self.fell_back = labels.max() < 1 or self.noise > self.most_noise
+        if self.fell_back:
+            inner = KMeans()
+            inner.fit(rows, clusters, seed)
+            self.centres, self.count = inner.centres, inner.count
+            return
+        self._keep(rows, labels)
+
+
+CLUSTERINGS: Mapping[str, type[Clustering]] = MappingProxyType(
+    {
+        "kmeans": KMeans,
+        "minibatch": MiniBatchKMeans,
+        "balanced": BalancedKMeans,
+        "gaussian_mixture": GaussianMixture,
+        "agglomerative": Agglomerative,
+        "hdbscan": Hdbscan,
+    }
+)
 
 
 def build_clustering(name: str) -> Clustering:

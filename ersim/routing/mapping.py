@@ -20,15 +20,19 @@ TIE = 1e-9
 
 
 def resolve_mapping(asked: str, prompts: Sequence[Prompt], experts: Sequence[ExpertProfile]) -> str:
-    """The mapping that "auto" stands for: quality where labels tell experts apart, else domain, else load."""
+    """The mapping that "auto" stands for.
+
+    domain where most training prompts belong to a domain that some expert is declared for; else
+    quality where labels tell experts apart; else load.
+    """
     if asked not in MAPPINGS:
         raise bad_value("router.params.mapping", "one of " + ", ".join(MAPPINGS), asked)
     if asked != "auto":
         return asked
-    if experts_differ(quality_matrix(prompts, experts)):
-        return "quality"
     served = {domain for expert in experts for domain in expert.domains}
-    return "domain" if any(prompt.domain in served for prompt in prompts) else "load"
+    if 2 * sum(prompt.domain in served for prompt in prompts) > len(prompts):
+        return "domain"
+    return "quality" if experts_differ(quality_matrix(prompts, experts)) else "load"
 
 
 def quality_table(

@@ -23,6 +23,10 @@ BUILTIN: Mapping[str, str] = MappingProxyType(
         "least_loaded": "ersim.routing.policies.simple:LeastLoaded",
         "best_single": "ersim.routing.policies.simple:BestSingle",
         "cluster": "ersim.routing.policies.cluster:Cluster",
+        "threshold": "ersim.routing.policies.threshold:Threshold",
+        "prompt_length": "ersim.routing.policies.prompt_length:PromptLength",
+        "predictive": "ersim.routing.policies.predictive:Predictive",
+        "oracle": "ersim.routing.policies.oracle:Oracle",
         "spill": "ersim.routing.policies.spill:Spill",
     }
 )

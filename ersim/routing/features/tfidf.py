@@ -35,7 +35,8 @@ class TfidfSvd(Features):
     dims: dimensions kept; fewer if the training texts have no more.
     min_count: a word must occur in that many training texts.
     max_words: the most frequent words kept (by number of texts).
-    scale: ``standard`` centres each dimension and scales it to unit variance (the paper);
+    scale: ``standard`` centres each dimension and gives all the same variance (the paper),
+        rows of length about 1;
         ``unit`` scales each text's row to length 1 (latent semantic analysis as usually done).
     sublinear: use 1 + log(count) instead of the count.
     """
@@ -71,7 +72,7 @@ class TfidfSvd(Features):
         if self.scale == "standard":
             self._centre = raw.mean(axis=0)
             spread = raw.std(axis=0)
-            self._spread = np.where(spread > 1e-12, spread, 1.0)
+            self._spread = np.where(spread > 1e-12, spread, 1.0) * math.sqrt(raw.shape[1])
 
     def transform(self, texts: Sequence[str]) -> Rows:
         """Rows in training units; a text without a known word gives the row of an empty text."""
