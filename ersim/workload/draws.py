@@ -94,14 +94,13 @@ class Sampler:
             place = (choice_u * len(self._asked)).astype(np.int64)
         else:
             place = np.searchsorted(self._cumulative, choice_u, side="right")
-        chosen: Ints = self._asked[place]
-        return chosen
+        return np.take(self._asked, place)
 
     def scaled(self, output: Ints) -> Ints:
         """Answer lengths times `output_scale`, at least 1."""
         if self.lengths.output_scale == 1.0:
             return output
-        return np.maximum(np.rint(output * self.lengths.output_scale), 1).astype(np.int64)
+        return np.asarray(np.maximum(np.rint(output * self.lengths.output_scale), 1), np.int64)
 
     def _scaled_prompts(self, prompt: Ints) -> Ints:
         """Drawn prompt lengths times `prompt_scale`, at least 1."""

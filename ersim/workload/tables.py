@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,11 +12,28 @@ import pandas as pd
 
 from ersim.errors import DataError
 
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    """One JSON object a line; blank lines are skipped. ValueError names the line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not an object")
+        rows.append(row)
+    return pd.DataFrame.from_records(rows)
+
+
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": pd.read_parquet,
     ".csv": pd.read_csv,
     ".csv.gz": pd.read_csv,
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
+    ".jsonl": _read_jsonl,
 }
 
 
