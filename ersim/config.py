@@ -59,9 +59,11 @@ class FleetConfig:
     """A named set of experts; the mapping's order is the order of expert indices.
 
     gpu: the GPU of all experts that do not name one of their own (conf/expert files refer to it).
+    label: what figures call the fleet; its name where empty.
     """
 
     name: str = "unnamed"
+    label: str = ""
     gpu: str = "h100-80gb"
     experts: dict[str, ExpertConfig] = field(default_factory=dict)
 

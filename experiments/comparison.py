@@ -70,7 +70,9 @@ def compare(jobs: list[dict[str, Any]]) -> pd.DataFrame:
     """One row per job, finished or not: what was varied, its status, all scalar figures."""
     rows = []
     for job in jobs:
-        row = {key: job[key] for key in ("job", "line", "fleet", "users", "seed", "status", "folder")}
+        row = {
+            key: job[key] for key in ("job", "line", "label", "fleet", "users", "seed", "status", "folder")
+        }
         row.update({f"override:{key}": value for key, value in job["overrides"].items() if key not in row})
         if job["status"] == "finished":
             summary = job["summary"]

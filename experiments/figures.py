@@ -104,6 +104,7 @@ def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     done = frame[frame["status"] == "finished"]
     if done.empty:
         return []
+    done = done.assign(line=done["label"])
     lines = list(dict.fromkeys(done["line"]))
     points = done.groupby(["line", "users"], sort=False).mean(numeric_only=True).reset_index()
     written = []
@@ -140,7 +141,7 @@ def _overview(points: pd.DataFrame, lines: Sequence[str], panels: Sequence[Panel
         axes.set_title(f"{panel.title}{median}")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(title, x=0.07, y=0.99, ha="left", fontsize=12)
+    figure.suptitle(title, x=0.07, y=0.99, ha="left", fontsize=11, color="#555555")
     figure.tight_layout()
     return figure
 
@@ -237,7 +238,7 @@ def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
         colour, marker = _look(index)
         axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=line)
         for users, here, cost in zip(own["users"], x, y, strict=True):
-            if users in (own["users"].min(), own["users"].max()):
+            if users == own["users"].max():
                 axes.annotate(
                     f"{users:,.0f}",
                     (here, cost),
@@ -253,7 +254,7 @@ def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     _plain_ticks(axes)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Cost against tail latency\n", loc="left")
-    note = f"{title}; each curve runs from the fewest to the most users (numbers); lower left is better"
+    note = f"{title}; along each curve users grow up to the number at its end; lower left is better"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="#555555")
     axes.legend(frameon=False, fontsize=9)
     return figure

@@ -34,10 +34,15 @@ class RunConfig(SimulationConfig):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def requests_for(users: int, least: int, per_user: int) -> int:
+    """`${requests_for:${users},least,per_user}` in conf: per_user requests each, but `least` in all."""
+    return max(least, per_user * users)
+
+
 def register() -> None:
-    """Put the schema and our sweeper and launcher into Hydra's config store."""
-    store = ConfigStore.instance()
-    store.store(name="ersim_schema", node=RunConfig)
+    """Put the schema into Hydra's config store, and the resolver that conf/workload uses."""
+    ConfigStore.instance().store(name="ersim_schema", node=RunConfig)
+    OmegaConf.register_new_resolver("requests_for", requests_for, replace=True)
 
 
 def to_run(config: DictConfig) -> RunConfig:

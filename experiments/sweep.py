@@ -121,7 +121,8 @@ def manifest(
             {
                 "job": number,
                 "folder": _subfolder(config),
-                "line": _line(run, own, swept),
+                "line": _line(run, own, swept, label=False),
+                "label": _line(run, own, swept, label=True),
                 "fleet": run.fleet.name,
                 "users": run.users,
                 "seed": run.seed,
@@ -158,8 +159,13 @@ def _subfolder(config: DictConfig) -> str:
         HydraConfig.instance().cfg = before
 
 
-def _line(run: RunConfig, chosen: dict[str, str], swept: list[str]) -> str:
-    """The name of the line that this job is a point of: what was swept besides users and seed."""
-    parts = [chosen[key] for key in swept if key not in NOT_LINES and "." not in key]
+def _line(run: RunConfig, chosen: dict[str, str], swept: list[str], *, label: bool) -> str:
+    """The name of the line that this job is a point of: what was swept besides users and seed.
+
+    With `label`, fleets go by their labels, as figures show them; without, by their names.
+    """
+    fleet = run.fleet.label or run.fleet.name if label else run.fleet.name
+    named = [key for key in swept if key not in NOT_LINES and "." not in key]
+    parts = [fleet if key == "fleet" else chosen[key] for key in named]
     parts += [f"{key.split('.')[-1]}={chosen[key]}" for key in swept if "." in key]
-    return " ".join(parts) or run.fleet.name
+    return (", " if label else " ").join(parts) or fleet

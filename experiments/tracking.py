@@ -188,10 +188,11 @@ def _log_parent(
     """The sweep's own run: its curves (`sweep/<line>/<metric>`, step = users), figures and tables."""
     from mlflow.entities import Metric, Param
 
+    note = f"`{manifest['command']}`, {len(manifest['jobs'])} jobs, {manifest['started']}"
     tags = {
         SWEEP_TAG: manifest["sweep_id"],
         "mlflow.source.name": manifest["command"],
-        "mlflow.note.content": f"`{manifest['command']}`, {len(manifest['jobs'])} jobs, {manifest['started']}",
+        "mlflow.note.content": note,
     }
     run = client.create_run(experiment, run_name=manifest["sweep_id"], tags=tags)
     now = int(time.time() * 1000)
