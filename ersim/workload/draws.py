@@ -106,7 +106,7 @@ class Sampler:
         """Drawn prompt lengths times `prompt_scale`, at least 1."""
         if self.lengths.prompt_scale == 1.0:
             return prompt
-        return np.maximum(np.rint(prompt * self.lengths.prompt_scale), 1).astype(np.int64)
+        return np.asarray(np.maximum(np.rint(prompt * self.lengths.prompt_scale), 1), np.int64)
 
     def scaled_known_outputs(self) -> Ints:
         """Scaled answer length by prompt of the set, 0 where the set gives none."""

@@ -50,6 +50,7 @@ class RequestMaker:
         self._known_outputs: list[int] = sampler.scaled_known_outputs().tolist()
         self._set_texts_only = sampler.own_lengths if set_texts_only is None else set_texts_only
         self._unshared = not (system or self._set_texts_only)
+        self.bare = self._unshared and self._factor == 1.0
         self._topics: list[Sequence[int]] = []
         if config.turns > 1:
             by_domain = {domain: rows.tolist() for domain, rows in sampler.asked_by_domain().items()}

@@ -76,10 +76,15 @@ def test_request_ids_are_round_times_users_plus_user(prompts: PromptSet) -> None
     assert [request.user for request in requests] == [0, 1, 2, 3] * 5
 
 
-def test_blocks_are_dropped_when_all_users_have_passed(prompts: PromptSet) -> None:
+def test_blocks_are_kept_only_for_users_who_have_not_come_to_them(prompts: PromptSet) -> None:
     workload = ClosedWorkload(WorkloadConfig(), prompts, 10, 0, None, block_requests=20)
     take(workload, 10, 101)
-    assert list(workload._blocks) == [50]  # rounds 100 and 101, half used
+    assert not workload._blocks
+    for _ in range(9):
+        workload.next_request(3)
+    assert list(workload._blocks) == [51, 52, 53, 54]
+    take(workload, 10, 10)
+    assert list(workload._blocks) == [56, 57, 58, 59]  # user 3 is nine rounds ahead
 
 
 @settings(max_examples=30, deadline=None)
