@@ -86,6 +86,7 @@ class Engine:
         self._ending_heap: list[int] = []
         self._longest: list[tuple[int, int, EngineRequest]] = []
         # everything else
+        self._carried: list[EngineRequest] = []
         self._walked: list[EngineRequest] = []
         self._blocked: EngineRequest | None = None
         self._blocked_free = 0
@@ -161,6 +162,10 @@ class Engine:
         request.path = None
         if config.enable_prefix_caching:
             self._resolve(request)
+        if len(self._queue) <= 1:
+            self._blocked = (
+                None  # the threshold does not bind a request alone: two may get in where one did not
+            )
         self._queue.append(request)
 
     def _resolve(self, request: EngineRequest) -> None:
@@ -721,17 +726,17 @@ class Engine:
 
         None when there is nothing to do. Raises LivelockError when there is, but can never run.
         """
-        flight = self._flight
-        preempted: list[EngineRequest] = []
-        while len(flight) < self._depth and (self._running or len(self._queue)):
+        flight, queue = self._flight, self._queue
+        while len(flight) < self._depth and (self._running or len(queue)):
             step = self.schedule()
-            if step.index < 0 and not step.preempted:
-                break
-            if preempted or step.index < 0:
-                preempted += step.preempted
-                step.preempted = preempted
             if step.index >= 0:
-                preempted = []
+                if self._carried:
+                    step.preempted = [*self._carried, *step.preempted]
+                    self._carried = []
+                continue
+            self._carried += step.preempted
+            if flight or not step.preempted or self._outgrown(queue.head()):
+                break
         if flight:
             return flight[0]
         if self._running or len(self._queue):
@@ -745,6 +750,11 @@ class Engine:
         step = self._flight[0]
         self.update(step)
         return step
+
+    def _outgrown(self, request: EngineRequest) -> bool:
+        """Whether a request is larger than the whole KV cache."""
+        known = request.prompt_tokens + request.generated
+        return known > self.pool.total * self._block_size
 
     def _livelock(self) -> LivelockError:
         request = self._queue.head() if len(self._queue) else next(iter(self._running))
