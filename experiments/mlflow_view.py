@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +52,17 @@ def view_key(sweep_id: str) -> str | None:
     return hashlib.sha256(sweep_id.encode()).hexdigest()[:16]
 
 
-def save_view(client: MlflowClient, experiment_id: str, sweep_id: str, sweep_tag: str) -> None:
+def save_view(
+    client: MlflowClient, experiment_id: str, sweep_id: str, sweep_tag: str, lines: Sequence[str]
+) -> None:
     """Save the sweep's view as an experiment tag; nothing for an MLflow version that is not known."""
     key = view_key(sweep_id)
     if key is not None:
-        state = json.dumps(view_state(sweep_id, sweep_tag), separators=(",", ":"))
+        state = json.dumps(view_state(sweep_id, sweep_tag, lines), separators=(",", ":"))
         client.set_experiment_tag(experiment_id, TAG_PREFIX + key, state)
 
 
-def view_state(sweep_id: str, sweep_tag: str) -> dict[str, Any]:
+def view_state(sweep_id: str, sweep_tag: str, lines: Sequence[str]) -> dict[str, Any]:
     """The view: jobs of one sweep (not the parent), averaged over seeds into one line per `line` param."""
     charts: list[dict[str, Any]] = []
     sections: list[dict[str, Any]] = []
@@ -90,7 +93,7 @@ def view_state(sweep_id: str, sweep_tag: str) -> dict[str, Any]:
             "aggregateFunction": "average",
             "groupByKeys": [{"mode": "param", "groupByData": "line"}],
         },
-        "groupsExpanded": {},
+        "groupsExpanded": {f"param.line.{line}": False for line in lines},
         "useGroupedValuesInCharts": True,
         "compareRunCharts": charts,
         "compareRunSections": sections,

@@ -127,7 +127,7 @@ def log_sweep(
             _log_job(client, experiment, parent, manifest["sweep_id"], job)
     from experiments.mlflow_view import save_view
 
-    save_view(client, experiment, manifest["sweep_id"], SWEEP_TAG)
+    save_view(client, experiment, manifest["sweep_id"], SWEEP_TAG, sorted({job["line"] for job in jobs}))
     ended = all(job["status"] == "finished" for job in jobs)
     client.set_tag(parent, SIGNATURE_TAG, signature)  # last: an interrupted logging is done again
     client.set_terminated(parent, "FINISHED" if ended else "FAILED")
