@@ -99,7 +99,8 @@ class System:
     """Users, gateway and replicas wired together on one clock.
 
     `step_times[e]` is expert e's step time in this replication; `known` are decisions of a static
-    policy per prompt. The same arguments and `seed` give the same output to the byte.
+    policy per prompt. `fast_forward` False takes every step as an event of its own, for step times
+    that depend on more than the batch. The same arguments and `seed` give the same output to the byte.
     """
 
     def __init__(
@@ -112,9 +113,11 @@ class System:
         policy: Policy,
         known: Sequence[int] | None,
         seed: int,
+        fast_forward: bool = True,
     ) -> None:
         self.env = Environment()
         self._config = config
+        self._fast_forward = fast_forward
         self._names = list(config.fleet.experts)
         self._prompts = prompts
         self._log = RequestLog()
@@ -143,7 +146,7 @@ class System:
     def _build_replicas(
         self, experts: Sequence[ExpertModel], step_times: Sequence[StepTime], seed: int
     ) -> list[list[Replica]]:
-        fast = self._config.router.balancer != "least_kv"
+        fast = self._fast_forward and self._config.router.balancer != "least_kv"
         replicas: list[list[Replica]] = []
         for index, (expert, step_time) in enumerate(zip(experts, step_times, strict=True)):
             std = expert.step_noise if self._config.uncertainty.step_noise else 0.0
