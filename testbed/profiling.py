@@ -141,7 +141,7 @@ def frontend_delays_s(records: Sequence[RequestRecord], log: StepLog) -> dict[st
     in_s: from the client's send to the engine's queue, for requests that found the engine idle.
     out_s: from the step's end that made a request's first token to the client's receipt.
     """
-    added = {_tag(request.request_id): request for request in log.requests.values()}
+    added = {request_tag(request.request_id): request for request in log.requests.values()}
     ends = log.ends_s()
     starts = np.array([step.schedule_s for step in log.steps])
     inbound, outbound = [], []
@@ -160,7 +160,7 @@ def frontend_delays_s(records: Sequence[RequestRecord], log: StepLog) -> dict[st
     return {"in_s": float(np.median(inbound)), "out_s": float(np.median(outbound))}
 
 
-def _tag(engine_id: str) -> str:
+def request_tag(engine_id: str) -> str:
     """The X-Request-Id inside vLLM's own id (`cmpl-<id>-<choice>-<random>`)."""
     return engine_id.removeprefix("cmpl-").removeprefix("chatcmpl-").rsplit("-", 2)[0]
 
