@@ -2,6 +2,7 @@
 
 from ersim.workload.base import Workload
 from ersim.workload.build import build_workload
+from ersim.workload.lengths import length_model
 from ersim.workload.prompts import PromptSet, estimate_tokens, load_prompt_set
 from ersim.workload.replay import ReplayWorkload
 from ersim.workload.traces import Trace, read_trace
@@ -13,6 +14,7 @@ __all__ = [
     "Workload",
     "build_workload",
     "estimate_tokens",
+    "length_model",
     "load_prompt_set",
     "read_trace",
 ]

@@ -109,7 +109,7 @@ class ClosedWorkload(Workload):
         return request
 
     def _enter(self, user: int) -> None:
-        """Bring the user to the next block, drawn if nobody was there; it's off the list when all have come."""
+        """Bring the user to the next block, drawn if nobody was there; off the list once all have come."""
         number = self._block[user].first // self._size + 1
         block = self._blocks.get(number) or self._draw(number)
         block.entered += 1
