@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ersim.errors import bad_value
+import numpy as np
+
 from ersim.steptime.calibration import Calibration, file_name
 from ersim.steptime.specs import canonical_precision, load_gpu, load_model
+from ersim.steptime.terms import curve
 from experiments import layer_profile, op_tables
 from experiments.overheads import Overheads, coefficients, host_terms, load_overheads
 
@@ -83,8 +85,12 @@ def _assemble(
     **fields: Any,
 ) -> Calibration:
     gpu, model, precision, tp = identity
-    theta, covariance = coefficients(terms, overheads, derived is not None)
-    host, _ = host_terms(overheads)
+    every = [*terms, *host_terms()]
+    theta, covariance = coefficients(every, overheads, source, precision, derived is not None)
+    for term in every:
+        if "fp8_time_us" in term:
+            ratio = overheads.value("decode attention fp8 KV") / overheads.value("decode attention")
+            term["fp8_scale"] = round(ratio, 4)
     return Calibration(
         name=f"{gpu}/{file_name(model, precision, tp, source).removesuffix('.json')}",
         source=source,
@@ -92,7 +98,7 @@ def _assemble(
         precision=precision,
         gpu=gpu,
         tp=tp,
-        terms=tuple([*terms, *host]),
+        terms=tuple(every),
         theta=tuple(theta),
         covariance=tuple(map(tuple, covariance)),
         residual_rel_std=overheads.residual_rel_std,
@@ -103,17 +109,14 @@ def _assemble(
 
 
 def interpolation_error(terms: Sequence[Mapping[str, Any]]) -> float:
-    """Mean relative error at every second point of the token curve, interpolated from the others.
+    """Mean relative error at every second point of the summed token curves, interpolated from the others.
 
     An upper bound of what linear interpolation adds: the grid in use is twice as fine.
     """
-    curve = next((term for term in terms if term["kind"] == "tokens"), None)
-    if curve is None:
-        raise bad_value("terms", "with at least one token curve", [term["kind"] for term in terms])
-    tokens, times = curve["tokens"], curve["time_us"]
-    errors = []
-    for i in range(1, len(tokens) - 1, 2):
-        share = (tokens[i] - tokens[i - 1]) / (tokens[i + 1] - tokens[i - 1])
-        guess = times[i - 1] + share * (times[i + 1] - times[i - 1])
-        errors.append(abs(guess / times[i] - 1))
-    return round(sum(errors) / len(errors), 4)
+    curves = [term for term in terms if term["kind"] == "tokens"]
+    tokens = np.asarray(max((term["tokens"] for term in curves), key=len), dtype=float)
+    times = sum(curve(tokens, term["tokens"], term["time_us"]) for term in curves)
+    held = np.arange(1, len(tokens) - 1, 2)
+    kept = np.setdiff1d(np.arange(len(tokens)), held)
+    guess = np.interp(tokens[held], tokens[kept], times[kept])
+    return round(float(np.mean(np.abs(guess / times[held] - 1))), 4)

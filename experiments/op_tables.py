@@ -158,7 +158,8 @@ class OpTables:
     def decode_attention_s(self, heads: int, kv_heads: int, kv_dtype: str = "bfloat16") -> FloatArray | None:
         """Seconds of one layer's decode attention, shape (DECODE_SEQS, DECODE_CONTEXTS), or None.
 
-        None when `kv_dtype` was not measured. Cells beyond the measured ones continue the slope of the last two.
+        None when `kv_dtype` was not measured. Cells beyond the measured ones continue
+        the slope of the last two.
         """
         frame = self._read(f"generation_attention_{self.stem}_vllm{self.vllm_version}.csv")
         chosen = (frame.kv_cache_dtype == kv_dtype) & (frame.num_heads == heads)
@@ -308,8 +309,10 @@ def gpu_terms(tables: OpTables, model: ModelSpec, precision: str, tp: int) -> li
     tokens, seqs = tables.token_grid, np.asarray(SEQUENCE_GRID, float)
     heads, kv_heads, layers = model.num_heads // tp, model.kv_heads_per_gpu(tp), model.num_layers
     small = small_operators_s(model, tables.gpu, precision, tp, tokens)
+    weights, arithmetic = split_linear(tokens, linear_maps_s(tables, model, precision, tp, tokens))
     terms = [
-        curve_term("linear maps", tokens, linear_maps_s(tables, model, precision, tp, tokens)),
+        curve_term("weights", tokens[[0, -1]], weights[[0, -1]]),
+        curve_term("arithmetic", tokens, arithmetic),
         curve_term("small operators", tokens, small),
     ]
     if tp > 1:
@@ -334,6 +337,16 @@ def gpu_terms(tables: OpTables, model: ModelSpec, precision: str, tp: int) -> li
         }
     )
     return terms
+
+
+def split_linear(tokens: FloatArray, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Linear maps' seconds as the part that loading weights costs any batch and the part that grows.
+
+    The first is the median up to 16 tokens. They are apart because real servers deviate from the tables
+    differently: sustained load lowers clocks, which slows arithmetic and leaves bandwidth alone.
+    """
+    loading = np.full(len(tokens), float(np.median(seconds[tokens <= 16])))
+    return loading, np.maximum(seconds - loading, 0.0)
 
 
 def _decode_term(tables: OpTables, heads: int, kv_heads: int, layers: int) -> dict[str, Any]:

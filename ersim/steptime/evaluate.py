@@ -299,7 +299,7 @@ def _decode_table(term: Mapping[str, Any], fp8_kv: bool) -> Any:
     if not fp8_kv:
         return term["time_us"]
     if term.get("fp8_time_us") is not None:
-        return term["fp8_time_us"]
+        return np.asarray(term["fp8_time_us"], float) * term.get("fp8_scale", 1.0)
     table = np.asarray(term["time_us"], float)
     return table[:, :1] + (table - table[:, :1]) * FP8_KV_SCALE
 

@@ -8,11 +8,11 @@ tokens: tokens, time_us, padded
     curve over the step's tokens, padded to CUDA-graph sizes if `padded`.
 sampled: sequences, time_us
     curve over rows that emit a token.
-decode_attention: sequences, context_tokens, time_us[][], skew; optional fp8_time_us[][], mixed
+decode_attention: sequences, context_tokens, time_us[][], skew; optional fp8_time_us[][], fp8_scale, mixed
     table over decode rows and their mean context, plus skew times the excess of the longest context.
-    fp8_time_us replaces time_us when the KV cache is fp8. mixed = {seq_us, tile_us, token_us, skew}: in a
-    step that also prefills the rows cost seq_us + tile_us for each 128 tokens of the longest chunk, and
-    token_us per token of context plus skew of it per token that the longest exceeds the others by.
+    fp8_time_us times fp8_scale replaces time_us when the KV cache is fp8. mixed = {seq_us, tile_us,
+    token_us, skew}: in a step that also prefills the rows cost seq_us + tile_us for each 128 tokens of
+    the longest chunk, token_us per token of context and skew of it per token that the longest has more.
 prefill_attention: chunk_tokens, context_tokens, time_us[][], shared_us
     table over chunk and prefix, summed over chunks, less shared_us (one launch) for each further chunk.
 linear: feature (one of FEATURES), low, high
@@ -120,6 +120,8 @@ def _check_decode(term: Mapping[str, Any], where: str) -> None:
     _check_table(term, where, "sequences", "skew")
     if term.get("fp8_time_us") is not None:
         _check_table({**term, "time_us": term["fp8_time_us"]}, f"{where} (fp8_time_us)", "sequences", "skew")
+        if not _is_share(term.get("fp8_scale", 1.0)):
+            raise DataError(f"{where}.fp8_scale must be a number >= 0, got {term['fp8_scale']!r}")
     mixed = term.get("mixed")
     if mixed is not None:
         for name in MIXED_FIELDS:

@@ -1,0 +1,159 @@
+"""Measures, by simulation, what each term of a step contributes to published runs' TPOT.
+
+``python -m experiments.observe_runs --runs FOLDER`` writes ``conf/calibration/observations.yaml``, from
+which `experiments.overheads` corrects its coefficients; rebuild the calibrations afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ersim.config import ExpertConfig
+from ersim.steptime import ExpertModel, build_expert_model
+from ersim.steptime.calibration import Calibration
+from ersim.steptime.evaluate import PreparedStepTime
+from ersim.types import Batch
+from experiments.overheads import (
+    HOST_TERMS,
+    Observation,
+    Overheads,
+    coefficients,
+    load_prior,
+    parameter,
+    save_observations,
+)
+from experiments.published_runs import Case, read_runs
+from experiments.simulate_published import figures, simulate_case
+
+STAGE_SECONDS = 120.0  # a stage's TPOT is known from this much of it
+
+
+def with_overheads(calibration: Calibration, overheads: Overheads) -> Calibration:
+    """The same measurements with other coefficients; calibrations that are not made so stay as they are."""
+    if calibration.source not in ("tables", "profile"):
+        return calibration
+    terms = []
+    for term in calibration.terms:
+        if "fp8_scale" in term:
+            ratio = overheads.value("decode attention fp8 KV") / overheads.value("decode attention")
+            term = {**term, "fp8_scale": ratio}
+        terms.append(term)
+    derived = calibration.derived is not None
+    theta, covariance = coefficients(terms, overheads, calibration.source, calibration.precision, derived)
+    return dataclasses.replace(
+        calibration,
+        terms=tuple(terms),
+        theta=tuple(theta),
+        covariance=tuple(map(tuple, covariance)),
+        residual_rel_std=overheads.residual_rel_std,
+        frontend=overheads.frontend,
+    )
+
+
+def expert_model(config: ExpertConfig, overheads: Overheads) -> ExpertModel:
+    """The expert with its committed measurements and the given coefficients."""
+    expert = build_expert_model(config, "expert")
+    return dataclasses.replace(expert, calibration=with_overheads(expert.calibration, overheads))
+
+
+class TermMeter:
+    """A step time that adds up, over decoded tokens, what each term takes."""
+
+    def __init__(self, expert: ExpertModel) -> None:
+        calibration = expert.calibration
+        self._whole = expert.step_time(None)
+        hidden = {label for _, side, label in HOST_TERMS if side == "host"}
+        self._parts: list[PreparedStepTime | None] = []
+        for index, term in enumerate(calibration.terms):
+            alone = np.zeros(len(calibration.theta))
+            alone[index] = calibration.theta[index]
+            single = dataclasses.replace(expert, calibration=_only(calibration, alone))
+            self._parts.append(None if term["label"] in hidden else single.step_time(None))
+        self.seconds = np.zeros(len(calibration.terms))
+
+    def step_s(self, batch: Batch) -> float:
+        """As `StepTime.step_s`."""
+        if batch.decode_seqs:
+            for index, part in enumerate(self._parts):
+                if part is not None:
+                    self.seconds[index] += batch.decode_seqs * part.step_s(batch)
+        return self._whole.step_s(batch)
+
+    def decode_run_s(
+        self, decode_seqs: int, context_tokens: int, context_max: int, steps: int
+    ) -> npt.NDArray[np.float64]:
+        """As `StepTime.decode_run_s`."""
+        run = (decode_seqs, context_tokens, context_max, steps)
+        for index, part in enumerate(self._parts):
+            if part is not None:
+                self.seconds[index] += decode_seqs * float(part.decode_run_s(*run).sum())
+        return self._whole.decode_run_s(*run)
+
+
+def _only(calibration: Calibration, theta: npt.NDArray[np.float64]) -> Calibration:
+    return dataclasses.replace(calibration, theta=tuple(theta.tolist()))
+
+
+def steady_cases(case: Case) -> Iterator[tuple[Case, str]]:
+    """The case, or each of its stages by itself, with the group whose TPOT is observed."""
+    if case.kind != "open_loop_stages":
+        yield case, ""
+        return
+    for _, row in case.workload["stages"].iterrows():
+        stage = row.to_frame().T.assign(duration_s=min(STAGE_SECONDS, float(row.duration_s)))
+        yield dataclasses.replace(case, workload={"stages": stage}), str(row.stage)
+
+
+def observe(case: Case, group: str, prior: Overheads) -> Observation | None:
+    """What each parameter contributes to the measured TPOT; None where it was not measured or predicted."""
+    measured = case.measured[group].get("mean_tpot_ms")
+    expert = expert_model(case.expert, prior)
+    calibration = expert.calibration
+    if measured is None or calibration.source not in ("tables", "profile"):
+        return None
+    meter = TermMeter(expert)
+    quiet = dataclasses.replace(expert, calibration=dataclasses.replace(calibration, residual_rel_std=0.0))
+    requests = simulate_case(case, quiet, meter, prior.frontend, seed=0)
+    predicted = figures(requests, case, group)["mean_tpot_ms"]
+    shares = meter.seconds / meter.seconds.sum()
+    parts: dict[str, float] = {}
+    for term, share in zip(calibration.terms, shares, strict=True):
+        name = parameter(str(term["label"]), calibration.source, calibration.precision)
+        if name == "decode attention" and expert.engine.kv_cache_dtype == "fp8":
+            name = "decode attention fp8 KV"
+        parts[name] = parts.get(name, 0.0) + float(share) * predicted
+    return Observation(case.run, fold(case), measured, parts)
+
+
+def fold(case: Case) -> str:
+    """What is left out together when a case is judged: of a series all rows of one TP, else the run."""
+    return f"tp{case.expert.tp}" if case.kind == "closed_loop_rows" else "all"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("../shared/data/vllm-runs"))
+    folder: Path = parser.parse_args().runs
+    prior = load_prior()
+    rows = []
+    for case in read_runs(folder):
+        for single, group in steady_cases(case):
+            row = observe(single, group, prior)
+            if row is not None:
+                rows.append(row)
+                error = sum(row.parts_ms.values()) / row.tpot_ms - 1
+                print(f"{case.run:36} {case.row:24} {group:4} prior error {100 * error:+6.1f} %", flush=True)
+    save_observations(rows)
+    print(json.dumps({"observations": len(rows)}))
+
+
+if __name__ == "__main__":
+    main()

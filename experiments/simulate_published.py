@@ -1,0 +1,73 @@
+"""Simulates one published case with the whole system, and takes its figures as they were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from ersim.config import FleetConfig, GatewayConfig, RouterConfig, SimulationConfig, UncertaintyConfig
+from ersim.errors import SimulationError
+from ersim.results.records import COMPLETED
+from ersim.routing import build_policy
+from ersim.steptime import ExpertModel
+from ersim.system import System
+from ersim.types import ExpertState, Prompt, StepTime
+from experiments.published_runs import Case, make_workload, request_count
+
+
+def simulate_case(
+    case: Case, expert: ExpertModel, step_time: StepTime, frontend: Mapping[str, float], seed: int
+) -> pd.DataFrame:
+    """One row per request of one replication; raises SimulationError when a request did not finish.
+
+    frontend: seconds the API server adds (request_s, per_prompt_token_s); nothing where TTFT was
+    measured from the engine's queue.
+    """
+    front = {} if case.ttft_from_queue else frontend
+    workload = make_workload(case, seed)
+    config = SimulationConfig(
+        users=case.users,
+        seed=seed,
+        fleet=FleetConfig(name=case.run, experts={"expert": case.expert}),
+        router=RouterConfig(policy="fixed"),
+        gateway=GatewayConfig(
+            workers=None,
+            base_s=front.get("request_s", 0.0),
+            per_prompt_token_s=front.get("per_prompt_token_s", 0.0),
+            routing_s=0.0,
+            routing_per_char_s=0.0,
+            network_s=0.0,
+            backend_network_s=0.0,
+        ),
+        uncertainty=UncertaintyConfig(step_noise=True),
+    )
+    config.workload.requests = request_count(case, workload)
+    prompts = [Prompt("0", "published", "published")]
+    policy = build_policy(config.router, [ExpertState("expert", case.expert.model, (), (), 0)], prompts, seed)
+    output = System(config, [expert], [step_time], prompts, workload, policy, [0], seed).run()
+    requests = output.requests
+    unfinished = requests[requests.status != COMPLETED]
+    if len(unfinished) or output.problem:
+        why = output.problem or unfinished.iloc[0]["error"]
+        raise SimulationError(f"{case.run} {case.row}: {len(unfinished)} requests did not finish: {why}")
+    return requests
+
+
+def figures(requests: pd.DataFrame, case: Case, group: str) -> dict[str, float]:
+    """The case's figures in milliseconds, over the requests of one stage or all of them."""
+    rows = requests
+    if case.kind == "open_loop_stages" and group.isdigit():
+        rows = requests[requests.session == int(group)]
+    start = rows.submit_s if case.ttft_from_queue else rows.send_s
+    ttft = 1e3 * (rows.first_token_s - start).to_numpy()
+    e2el = 1e3 * (rows.last_token_s - start).to_numpy()
+    several = rows.output_tokens.to_numpy() > 1
+    tpot = (e2el - ttft)[several] / (rows.output_tokens.to_numpy()[several] - 1)
+    found: dict[str, float] = {"mean_tpot_ms": float(tpot.mean())}
+    for name, values in (("ttft", ttft), ("e2el", e2el)):
+        found[f"mean_{name}_ms"] = float(values.mean())
+        for percent in (90, 99):
+            found[f"p{percent}_{name}_ms"] = float(np.quantile(values, percent / 100))
+    return found
