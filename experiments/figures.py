@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ersim.util.files import write_atomically
 
@@ -104,7 +104,11 @@ def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     done = frame[frame["status"] == "finished"]
     if done.empty:
         return []
-    done = done.assign(line=done["label"])
+    used = {COST_X, COST_Y, *(name for panel in PANELS for name in (panel.line, panel.low, panel.high))}
+    figures = [name for name in done.columns if name in used]
+    done = pd.DataFrame(
+        {"line": done["label"], "users": done["users"], **{name: done[name] for name in figures}}
+    )
     lines = list(dict.fromkeys(done["line"]))
     points = done.groupby(["line", "users"], sort=False).mean(numeric_only=True).reset_index()
     written = []
@@ -120,13 +124,14 @@ def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, bbox_inches="tight"))
+    write_atomically(path, lambda temporary: figure.savefig(temporary))
     plt.close(figure)
     return path
 
 
 def _one(points: pd.DataFrame, lines: Sequence[str], panel: Panel, title: str) -> Figure:
-    figure, axes = plt.subplots(figsize=(8.2, 5.0))
+    figure, axes = plt.subplots(figsize=(10.0, 5.4))
+    figure.subplots_adjust(left=0.09, right=0.74, top=0.88, bottom=0.11)
     _draw(axes, points, lines, panel, bands=True, labels=True)
     axes.set_title(f"{panel.title}\n", loc="left")
     axes.text(0, 1.02, f"{title}; {panel.band}", transform=axes.transAxes, fontsize=9, color="#555555")
@@ -134,15 +139,15 @@ def _one(points: pd.DataFrame, lines: Sequence[str], panel: Panel, title: str) -
 
 
 def _overview(points: pd.DataFrame, lines: Sequence[str], panels: Sequence[Panel], title: str) -> Figure:
-    figure, grid = plt.subplots(2, 2, figsize=(13.5, 8.6))
+    figure, grid = plt.subplots(2, 2, figsize=(14.0, 8.8))
+    figure.subplots_adjust(left=0.06, right=0.82, top=0.90, bottom=0.07, wspace=0.18, hspace=0.32)
     for i, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
         _draw(axes, points, lines, panel, bands=False, labels=i % 2 == 1)
         median = "" if panel.name == "throughput" else ", median"
         axes.set_title(f"{panel.title}{median}")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(title, x=0.07, y=0.99, ha="left", fontsize=11, color="#555555")
-    figure.tight_layout()
+    figure.suptitle(title, x=0.06, y=0.975, ha="left", fontsize=11, color="#555555")
     return figure
 
 
@@ -172,7 +177,6 @@ def _draw(
     axes.set_ylabel(panel.axis)
     _plain_ticks(axes)
     axes.set_xticks(_user_ticks(sorted(points["users"].unique())))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     if labels:
         _label_ends(axes, ends)
 
@@ -192,12 +196,10 @@ def _plain_ticks(axes: Axes) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(plain)
+        axis.set_minor_formatter(NullFormatter())
     low, high = axes.get_ylim()
-    if axes.get_yscale() == "log" and high / max(low, 1e-12) > 30:
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.yaxis.set_minor_formatter(plain)
-        axes.tick_params(axis="y", which="minor", labelsize=9)
+    if axes.get_yscale() == "log" and high / max(low, 1e-12) < 100:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -229,7 +231,8 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     """Cost against p99 TTFT: one curve per fleet through its loads; lower left is better."""
-    figure, axes = plt.subplots(figsize=(8.2, 5.4))
+    figure, axes = plt.subplots(figsize=(10.0, 5.6))
+    figure.subplots_adjust(left=0.09, right=0.97, top=0.88, bottom=0.11)
     for index, line in enumerate(lines):
         own = points[(points["line"] == line) & points[COST_Y].notna()].sort_values("users")
         if own.empty:
@@ -252,7 +255,6 @@ def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     axes.set_xlabel("p99 TTFT, seconds")
     axes.set_ylabel("US$ per million output tokens")
     _plain_ticks(axes)
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Cost against tail latency\n", loc="left")
     note = f"{title}; along each curve users grow up to the number at its end; lower left is better"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="#555555")
