@@ -29,10 +29,18 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
     return pd.DataFrame.from_records(rows)
 
 
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Only empty and NaN fields are missing: a prompt may well say NA, None or null."""
+    return pd.read_csv(path, keep_default_na=False, na_values=["", "NaN", "nan"])
+
+
+MOST = 10**12
+"""No count of tokens is above this; a larger number is a damaged one."""
+
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": pd.read_parquet,
-    ".csv": pd.read_csv,
-    ".csv.gz": pd.read_csv,
+    ".csv": _read_csv,
+    ".csv.gz": _read_csv,
     ".jsonl": _read_jsonl,
 }
 
@@ -84,7 +92,7 @@ def whole_numbers(values: pd.Series, path: str | Path, least: int) -> npt.NDArra
     """
     numbers = _numbers(values)
     with np.errstate(invalid="ignore"):
-        good = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (numbers >= least)
+        good = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (numbers >= least) & (numbers <= MOST)
     _refuse_first(good, values, path, f"a whole number >= {least}")
     return np.asarray(numbers, np.int64)
 
@@ -109,7 +117,9 @@ def _refuse_first(good: npt.NDArray[np.bool_], values: pd.Series, path: str | Pa
     if good.all():
         return
     row = int(np.argmin(good))
-    raise DataError(f"{path}: row {row + 1}: {values.name} must be {must}, got {values.iloc[row]!r}")
+    got = values.iloc[row]
+    got = got.item() if isinstance(got, np.generic) else got
+    raise DataError(f"{path}: row {row + 1}: {values.name} must be {must}, got {got!r}")
 
 
 def texts(values: pd.Series, path: str | Path) -> Sequence[str]:

@@ -14,7 +14,8 @@ from ersim.workload.tables import find_column, read_table, real_numbers, texts, 
 
 KEY = "workload.trace_path"
 
-ARRIVAL = ("arrived_at", "arrival_s", "arrival_time", "arrived", "arrival", "timestamp", "send_s")
+RECORDED = "send_s"
+ARRIVAL = ("arrived_at", "arrival_s", "arrival_time", "arrived", "arrival", "timestamp", RECORDED)
 PROMPT = (
     "num_prefill_tokens",
     "prompt_tokens",
@@ -53,11 +54,16 @@ class Trace:
 def read_trace(path: str | Path) -> Trace:
     """Read a trace from CSV, JSONL or Parquet.
 
-    Arrivals are seconds, or date-times; the first is moved to 0. Raises DataError for a missing column
-    (listing those there are), lengths that are no whole numbers >= 1, and arrivals that are missing,
-    not finite or not in order.
+    Arrivals are seconds, or date-times; the first is moved to 0. A run that `ersim.results` recorded
+    (column `send_s`) is put in order of sending, since its rows are in order of completion. What such a run
+    shared through prefix caches, earlier turns above all, is not in the record.
+
+    Raises DataError for a missing column (listing those there are), lengths that are no whole numbers >= 1,
+    and arrivals that are missing, not finite or not in order.
     """
     table = read_table(path, KEY)
+    if RECORDED in table.columns and table[RECORDED].notna().all():
+        table = table.sort_values(RECORDED, kind="stable", ignore_index=True)
     output = _column(table, OUTPUT, path)
     if output is None:
         raise _no_column(table, path, "an output length", OUTPUT)

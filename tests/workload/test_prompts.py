@@ -214,6 +214,14 @@ def test_empty_text(tmp_path: Path) -> None:
         bad(tmp_path, ROWS.assign(prompt=["a", "  ", "b"]))
 
 
+def test_texts_that_look_missing_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text("prompt,domain\nNA,x\nNone,x\nnull,\n")
+    loaded = load_prompt_set(PromptSetConfig(path=str(path)))
+    assert [prompt.text for prompt in loaded.prompts] == ["NA", "None", "null"]
+    assert loaded.prompts[2].domain == "unknown"
+
+
 def test_limit() -> None:
     assert len(load_prompt_set(PromptSetConfig(limit=7)).prompts) == 7
     with pytest.raises(ConfigError, match=r"workload.prompts.limit must be >= 1, got 0"):

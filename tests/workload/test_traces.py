@@ -92,6 +92,23 @@ def test_prompt_index_of_a_recorded_run_is_kept(tmp_path: Path, prompts: PromptS
         replay(csv(ROWS.assign(prompt_index=[7, 7, 60, 0]), tmp_path), prompts)
 
 
+def test_recorded_run_is_replayed_in_order_of_sending(tmp_path: Path, prompts: PromptSet) -> None:
+    """requests.parquet has its rows in order of completion."""
+    path = tmp_path / "requests.parquet"
+    pd.DataFrame(
+        {
+            "send_s": [1.0, 0.5, 3.0],
+            "prompt_tokens": [10, 20, 30],
+            "output_tokens": [1, 9, 2],
+            "prompt_index": [4, 5, 6],
+        }
+    ).to_parquet(path)
+    requests = replay(path, prompts)
+    assert [request.arrival_s for request in requests] == [0.0, 0.5, 2.5]
+    assert [request.prompt_tokens for request in requests] == [20, 10, 30]
+    assert [request.prompt_index for request in requests] == [5, 4, 6]
+
+
 def test_bench_jsonl_is_replayed_at_a_rate(tmp_path: Path, prompts: PromptSet) -> None:
     """vllm bench serve's custom format has texts and answer lengths, no times and no prompt lengths."""
     path = tmp_path / "custom.jsonl"
@@ -127,7 +144,7 @@ def test_missing_column_lists_those_there(tmp_path: Path, column: str) -> None:
         read_trace(csv(ROWS.drop(columns=column), tmp_path))
 
 
-@pytest.mark.parametrize("length", [-44, 0, 1.5, None, "long"])
+@pytest.mark.parametrize("length", [-44, 0, 1.5, None, "long", 1e300])
 @pytest.mark.parametrize("column", ["num_prefill_tokens", "num_decode_tokens"])
 def test_lengths_that_are_none(tmp_path: Path, column: str, length: object) -> None:
     table = ROWS.astype({column: object})
