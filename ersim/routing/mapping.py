@@ -111,3 +111,20 @@ def assign_balanced(
         chosen[cluster] = expert
         load[expert] += weights[cluster]
     return chosen
+
+
+def worth_matrix(kind: str, prompts: Sequence[Prompt], experts: Sequence[ExpertProfile]) -> Table | None:
+    """What each expert is worth for each prompt, shape (prompts, experts); None for mapping "load"."""
+    if kind == "quality":
+        return quality_matrix(prompts, experts)
+    if kind == "domain":
+        return np.array([[float(prompt.domain in e.domains) for e in experts] for prompt in prompts])
+    return None
+
+
+def mean_worth(worth: Table | None, chosen: Labels, slots: Sequence[int]) -> float:
+    """Mean worth of the chosen experts; without a worth, minus the largest overload of an expert."""
+    if worth is not None:
+        return float(np.nanmean(worth[np.arange(len(chosen)), chosen]))
+    share = np.bincount(chosen, minlength=len(slots)) / len(chosen)
+    return -float((share * sum(slots) / np.asarray(slots)).max())

@@ -234,7 +234,7 @@ class Mlp(Predictor):
         from sklearn.neural_network import MLPRegressor
 
         model = MLPRegressor(
-            (self.hidden,),
+            hidden_layer_sizes=(self.hidden,),
             alpha=self.penalty,
             max_iter=self.epochs,
             early_stopping=len(rows) >= 500,
@@ -253,6 +253,23 @@ class Mlp(Predictor):
         return out
 
 
+class Blend(Predictor):
+    """The mean of kNN, ridge and MLP: they err differently, so their mean errs less than each."""
+
+    def __init__(self, k: int = 40, hidden: int = 64, penalty: float = 1.0) -> None:
+        self._parts: tuple[Predictor, ...] = (Knn(k), Ridge(), Mlp(hidden, penalty))
+
+    def fit(self, rows: Floats, quality: Floats, seed: int) -> None:
+        """Fit all three on the same labels."""
+        for part in self._parts:
+            part.fit(rows, quality, seed)
+
+    def predict(self, rows: Floats) -> Floats:
+        """Unweighted mean."""
+        total: Floats = np.mean([part.predict(rows) for part in self._parts], axis=0)
+        return total
+
+
 PREDICTORS: Mapping[str, type[Predictor]] = MappingProxyType(
     {
         "knn": Knn,
@@ -260,6 +277,7 @@ PREDICTORS: Mapping[str, type[Predictor]] = MappingProxyType(
         "logistic": Logistic,
         "matrix_factorisation": MatrixFactorisation,
         "mlp": Mlp,
+        "blend": Blend,
     }
 )
 

@@ -45,14 +45,23 @@ def find_tiers(
             f"a two-tier policy needs two different models in the fleet, got only {models[0]}: choose "
             "another fleet, or name experts with router.params.strong and router.params.weak"
         )
-    strong_name = strong or _extreme(profiles, models, prompts, exclude=None, dearest=True)
-    strong_tier = named_tier(profiles, strong_name, "router.params.strong")
-    left = profiles[strong_tier[0]].model
-    weak_name = weak or _extreme(profiles, models, prompts, exclude=left, dearest=False)
-    weak_tier = named_tier(profiles, weak_name, "router.params.weak")
+    if strong is not None:
+        strong_tier = named_tier(profiles, strong, "router.params.strong")
+    else:
+        left = None if weak is None else profiles[named_tier(profiles, weak, "router.params.weak")[0]].model
+        strong_tier = _of_model(profiles, _extreme(profiles, models, prompts, exclude=left, dearest=True))
+    if weak is not None:
+        weak_tier = named_tier(profiles, weak, "router.params.weak")
+    else:
+        left = profiles[strong_tier[0]].model
+        weak_tier = _of_model(profiles, _extreme(profiles, models, prompts, exclude=left, dearest=False))
     if set(strong_tier) & set(weak_tier):
-        raise bad_value("router.params.weak", "different from router.params.strong", weak_name)
+        raise bad_value("router.params.weak", "different from router.params.strong", weak)
     return strong_tier, weak_tier
+
+
+def _of_model(profiles: Sequence[ExpertProfile], model: str) -> Tier:
+    return tuple(index for index, profile in enumerate(profiles) if profile.model == model)
 
 
 def _extreme(

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from ersim.errors import DataError, bad_value
 from ersim.routing import mapping as maps
-from ersim.routing.clustering import build_clustering
+from ersim.routing.clustering import Rows, build_clustering
 from ersim.routing.features import build_features
 from ersim.routing.policy import ExpertProfile, Policy, Scores
+from ersim.routing.split import split_prompts
 from ersim.types import Prompt, RoutingQuery
 
 
@@ -21,8 +22,9 @@ class Cluster(Policy):
     """k-means (or another method) over text features; cluster to expert by quality, domain or load.
 
     method: a name in `ersim.routing.clustering`. features: see `ersim.routing.features`.
-    clusters: a number, or "auto": four per expert or per domain of the training set, whichever
-        are more, but at least ten training prompts each.
+    clusters: a number; "auto": four per expert or per domain of the training set, whichever are
+        more, but at least ten training prompts each; "sweep": the candidate whose mapping serves a
+        fifth of the training prompts, left out for that, best.
     mapping: quality, domain, load, or auto (the first of these that the training prompts allow).
     shrink: pseudo-prompts that pull a small cluster's quality towards the mean.
     slack: mapping=load lets an expert exceed its share of the work by this much.
@@ -42,8 +44,8 @@ class Cluster(Policy):
         slack: float = 0.1,
     ) -> None:
         super().__init__(experts)
-        if clusters != "auto" and not (isinstance(clusters, int) and clusters >= 1):
-            raise bad_value("router.params.clusters", "auto or an integer >= 1", clusters)
+        if clusters not in ("auto", "sweep") and not (isinstance(clusters, int) and clusters >= 1):
+            raise bad_value("router.params.clusters", "auto, sweep or an integer >= 1", clusters)
         if mapping not in maps.MAPPINGS:
             raise bad_value("router.params.mapping", "one of " + ", ".join(maps.MAPPINGS), mapping)
         if not shrink >= 0:
@@ -52,7 +54,8 @@ class Cluster(Policy):
             raise bad_value("router.params.slack", ">= 0", slack)
         self.clusters, self.mapping, self.shrink, self.slack = clusters, mapping, shrink, slack
         self.features = build_features(features, feature_params)
-        self.clustering = build_clustering(method)
+        self.method, self.clustering = method, build_clustering(method)
+        self.swept: dict[int, float] = {}
         self.routing_base_s = self.features.base_s + 30e-6
         self.routing_per_char_s = self.features.per_char_s
         self.max_chars = self.features.max_chars
@@ -64,9 +67,32 @@ class Cluster(Policy):
         texts = [prompt.text for prompt in prompts]
         self.features.fit(texts, seed)
         rows = self.features.transform(texts)
-        self.clustering.fit(rows, self._count(prompts), seed)
-        labels = self.clustering.assign(rows)
-        self._map(prompts, labels)
+        count = self._sweep(prompts, rows, seed) if self.clusters == "sweep" else self._count(prompts)
+        self._fit_clusters(prompts, rows, count, seed)
+
+    def _fit_clusters(self, prompts: Sequence[Prompt], rows: Rows, count: int, seed: int) -> None:
+        self.clustering = build_clustering(self.method)
+        self.clustering.fit(rows, count, seed)
+        self._map(prompts, self.clustering.assign(rows))
+
+    def _sweep(self, prompts: Sequence[Prompt], rows: Rows, seed: int) -> int:
+        """Number of clusters whose assigned experts serve held-out training prompts best.
+
+        Worth is measured quality, or whether the expert serves the domain; balancing by load has
+        no such measure and is swept by how evenly the held-out prompts spread.
+        """
+        kind = maps.resolve_mapping(self.mapping, prompts, self.profiles)
+        learn, check = split_prompts(prompts, 0.8, seed)
+        worth = maps.worth_matrix(kind, [prompts[i] for i in check], self.profiles)
+        self.swept = {}
+        for count in sorted({len(self.experts), 8, 12, 16, 24, 32, 48, 64, 96}):
+            if count * 5 <= len(learn):
+                self._fit_clusters([prompts[i] for i in learn], rows[learn], count, seed)
+                chosen = self.expert_of_cluster[self.clustering.assign(rows[check])]
+                self.swept[count] = maps.mean_worth(worth, chosen, [p.slots for p in self.profiles])
+        if not self.swept:
+            return self._count(prompts)
+        return max(self.swept, key=lambda count: self.swept[count])
 
     def score(self, queries: Sequence[RoutingQuery]) -> Scores:
         """The row of the query's cluster in the cluster-by-expert table, shape (queries, experts)."""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ersim.errors import DataError
 from ersim.routing.features import build_features
@@ -58,7 +57,7 @@ class Threshold(TwoTier):
         self._find_tiers(prompts)
         pair = [self.profiles[self.strong[0]], self.profiles[self.weak[0]]]
         quality = quality_matrix(prompts, pair, required=True)
-        known: npt.NDArray[np.bool_] = ~np.isnan(quality).any(axis=1)
+        known = np.logical_not(np.isnan(quality).any(axis=1)).reshape(-1)
         if known.sum() < 2:
             raise DataError(
                 f"{pair[0].model} and {pair[1].model} have both labels on "
