@@ -32,11 +32,14 @@ def check(config: SimulationConfig, shared: Preparations) -> None:
     Values, names of models, GPUs and calibrations, models that do not fit, prompt sets, policies
     and traces. What it loads stays in `shared`.
     """
+    from ersim.routing import build_balancer
+
     validate(config)
     for name, expert in config.fleet.experts.items():
         shared.expert(expert, f"fleet.experts.{name}")
     prompts = shared.prompt_set(config.workload.prompts)
     shared.routing(config)
+    build_balancer(config.router.balancer, config.seed)
     if config.workload.arrivals == "trace":
         from ersim.workload import build_workload
 

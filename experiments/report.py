@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ersim.errors import ErsimError
-from ersim.util.files import to_json
+from ersim.util.files import to_json, write_json
 from experiments.comparison import compare, read_jobs, read_manifest, show, write_comparison
+from experiments.paths import MLFLOW
 
 LAST = "last_sweep.json"
 
@@ -74,8 +75,6 @@ def _log(
     """Log to MLflow unless switched off; a store that cannot be reached costs a warning, not the sweep."""
     if not manifest["tracking"]["enabled"]:
         return None
-    from ersim.util.files import write_json
-    from experiments.paths import MLFLOW
     from experiments.tracking import log_sweep
 
     try:
