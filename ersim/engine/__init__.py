@@ -7,9 +7,9 @@ time that `ersim.steptime` says, and calls `complete`.
 """
 
 from ersim.engine.config import VLLM_VERSION, EngineConfig
+from ersim.engine.engine import Engine
 from ersim.engine.errors import LivelockError, RejectedRequest
 from ersim.engine.request import EngineRequest
-from ersim.engine.scheduler import Engine
 from ersim.engine.step import Step
 
 __all__ = [

@@ -7,9 +7,9 @@ Neighbouring blocks of one request share all three, so this room keeps them as o
 
 - Content is a trie. A `Node` is a segment of tokens that follows one particular prefix; a request's
   content is a path of nodes, and block b belongs to the node that holds its last token. Equal node
-  and equal b mean equal prefix, hence vLLM's equal hash. Nodes that nobody else can reach (private
-  prompts, answers that nobody quotes) are not made at all until a preemption makes the request
-  itself a possible reader.
+  and equal b mean equal prefix, hence vLLM's equal hash. Content that nobody else can reach (private
+  prompts, answers that nobody quotes) has no node until a preemption makes the request itself a
+  possible reader.
 - A piece is a run [low, high) of physical blocks of one node with one reference count. vLLM does
   not merge duplicate blocks and serves the copy that was cached first, so a node keeps its pieces
   in the order in which they were cached.
@@ -33,8 +33,9 @@ FAR = 1 << 60
 class Node:
     """A segment of content after one particular prefix.
 
-    users: live requests whose path runs through here. writer: the one row in the decode bulk that
-    grows into this node unwatched, if any. children is keyed by (tokens of this node used, content).
+    key: (tokens of the parent used, content) under which the parent lists it, None for a private
+    node that no other request can reach. users: live requests whose path runs through here.
+    writer: the row in the decode bulk that grows into this node unwatched, if any.
     """
 
     __slots__ = ("children", "key", "parent", "pieces", "users", "writer")
@@ -42,17 +43,18 @@ class Node:
     def __init__(self, parent: Node | None, key: tuple[int, object] | None) -> None:
         self.parent = parent
         self.key = key
-        self.children: dict[tuple[int, object], Node] = {}
+        self.children: dict[tuple[int, object], Node] | None = None
         self.pieces: list[Piece] = []
-        self.users = 0
+        self.users = 1
         self.writer: EngineRequest | None = None
 
 
 class Piece:
     """Physical blocks [low, high) of one node, `references` requests holding each of them.
 
-    With no references the piece stands in the free list (before, after). `rest` is what was split
-    off its high end while somebody held all of it. node is None when nobody can ever find it again.
+    Without references the piece stands in the free list (before, after). `rest` is what was split
+    off its high end while somebody held all of it. node is None for blocks whose content nobody can
+    find again: of those only the number matters, so neighbours in the free list are merged.
     """
 
     __slots__ = ("after", "before", "high", "low", "node", "references", "rest")
@@ -63,8 +65,8 @@ class Piece:
         self.high = high
         self.references = references
         self.rest: Piece | None = None
-        self.before: Piece = self
-        self.after: Piece = self
+        self.before: Piece
+        self.after: Piece
 
 
 Hit = tuple[Piece, int, int]
@@ -81,7 +83,8 @@ class BlockPool:
         self.block_size = block_size
         self.caching = caching
         self.root = Node(None, None)
-        self.ends = Piece(None, 0, 0, 0)
+        self.ends = ends = Piece(None, 0, 0, 0)  # head and tail of the free list in one
+        ends.before = ends.after = ends
 
     # ---- the free list --------------------------------------------------------------------------
 
@@ -104,13 +107,18 @@ class BlockPool:
                 piece.high -= missing
                 return
             missing -= size
-            ends.after = piece.after
-            piece.after.before = ends
+            self._unlink(piece)
             if piece.node is not None:
                 piece.node.pieces.remove(piece)
                 self.prune(piece.node)
 
-    def append_free(self, piece: Piece) -> None:
+    def _unlink(self, piece: Piece) -> None:
+        """Take a piece out of the free list; its links are cut lest a chain of old pieces stay alive."""
+        piece.before.after = piece.after
+        piece.after.before = piece.before
+        piece.before = piece.after = None  # type: ignore[assignment]
+
+    def _append(self, piece: Piece) -> None:
         """Put a piece that nobody holds any more at the end of the free list."""
         ends = self.ends
         last = ends.before
@@ -120,76 +128,79 @@ class BlockPool:
         ends.before = piece
         self.free += piece.high - piece.low
 
+    def _append_dead(self, count: int) -> None:
+        """Put cached blocks that nobody can find any more at the end of the free list."""
+        last = self.ends.before
+        if last.node is None and last is not self.ends:
+            last.high += count
+            self.free += count
+        else:
+            self._append(Piece(None, 0, count, 0))
+
     def prune(self, node: Node) -> None:
         """Forget nodes that hold nothing and lead nowhere."""
         while not (node.users or node.pieces or node.children):
             parent = node.parent
             if parent is None:
                 return
-            assert node.key is not None
-            if parent.children.get(node.key) is node:
-                del parent.children[node.key]
+            if node.key is not None:
+                children = parent.children
+                if children and children.get(node.key) is node:
+                    del children[node.key]
             node = parent
 
     # ---- content --------------------------------------------------------------------------------
 
-    def resolve(self, request: EngineRequest) -> list[tuple[Node, int, int]] | None:
-        """The path of a request: (node, first block, end block); None when nobody shares any of it."""
-        if request.block_keys is not None:
-            return self._resolve_keys(request)
-        segments = request.segments
-        answer = request.output_content_id
-        if segments is None and answer is None:
-            return None
+    def resolve(self, request: EngineRequest) -> None:
+        """Give the request its path: (node, first block, end block) for all that others may share.
+
+        What lies behind the path is private; it becomes a node when a preemption makes the request
+        itself a possible reader.
+        """
         size = self.block_size
+        path: list[tuple[Node, int, int]] = []
         node, used, start = self.root, 0, 0
-        path = []
-        if segments is None:
-            node = Node(node, (0, None))
-            node.users = 1
-            path.append((node, 0, request.prompt_tokens // size))
-            used = start = request.prompt_tokens
-        else:
-            for segment in segments:
+        if request.block_keys is not None:
+            for index, key in enumerate(request.block_keys):
+                node = self._child(node, (-1, key))
+                path.append((node, index, index + 1))
+        elif request.segments is not None:
+            for segment in request.segments:
                 tokens = segment.tokens
                 if tokens:
                     node = self._child(node, (used, segment.content_id))
                     path.append((node, start // size, (start + tokens) // size))
                     start += tokens
                     used = tokens
-        if answer is None:
-            node = Node(node, (used, None))
-            node.users = 1
-        else:
-            node = self._child(node, (used, answer))
-        path.append((node, start // size, FAR))
-        return path
-
-    def _resolve_keys(self, request: EngineRequest) -> list[tuple[Node, int, int]]:
-        node = self.root
-        path = []
-        keys = request.block_keys
-        assert keys is not None
-        for index, key in enumerate(keys):
-            node = self._child(node, (-1, key))
-            path.append((node, index, index + 1))
-        node = Node(node, (-1, None))
-        node.users = 1
-        path.append((node, len(keys), FAR))
-        return path
+            if request.output_content_id is not None:
+                node = self._child(node, (used, request.output_content_id))
+                path.append((node, start // size, FAR))
+                request.answer = node
+        request.path = path
+        request.held = []
+        request.tail = None
+        request.hashed_blocks = 0
 
     def _child(self, node: Node, key: tuple[int, object]) -> Node:
-        child = node.children.get(key)
+        children = node.children
+        if children is None:
+            children = node.children = {}
+        child = children.get(key)
         if child is None:
-            child = node.children[key] = Node(node, key)
-        child.users += 1
+            child = children[key] = Node(node, key)
+        else:
+            child.users += 1
         return child
 
-    def leave(self, path: list[tuple[Node, int, int]]) -> None:
-        """A request that used this path is gone."""
-        for node, _, _ in path:
-            node.users -= 1
-        self.prune(path[-1][0])
+    def leave(self, request: EngineRequest) -> None:
+        """The request is gone and needs its path no more."""
+        path = request.path
+        if path:
+            for node, _, _ in path:
+                node.users -= 1
+            self.prune(path[-1][0])
+            request.path = None
+            request.answer = None
 
     def lookup(self, path: list[tuple[Node, int, int]], limit: int) -> tuple[list[Hit], int, int]:
         """Find the longest cached prefix of at most `limit` blocks.
@@ -225,8 +236,7 @@ class BlockPool:
         for piece, low, high in hits:
             piece = self._cut(piece, low, high)
             if not piece.references:
-                piece.before.after = piece.after
-                piece.after.before = piece.before
+                self._unlink(piece)
                 self.free -= high - low
             piece.references += 1
             held.append((piece, high))
@@ -257,12 +267,17 @@ class BlockPool:
         return upper
 
     def cache(self, request: EngineRequest, tokens: int) -> None:
-        """Make the request's full blocks up to `tokens` findable (it has a path)."""
+        """Make the request's full blocks up to `tokens` findable."""
         block, goal = request.hashed_blocks, tokens // self.block_size
         if block >= goal:
             return
-        assert request.path is not None
-        for node, _, end in request.path:
+        request.hashed_blocks = goal
+        path = request.path
+        assert path is not None
+        if not path or path[-1][2] < goal:
+            private = Node(path[-1][0] if path else None, None)
+            path.append((private, path[-1][2] if path else 0, FAR))
+        for node, _, end in path:
             if end <= block:
                 continue
             if end > goal:
@@ -284,7 +299,6 @@ class BlockPool:
             block = end
             if block == goal:
                 break
-        request.hashed_blocks = goal
 
     def release(self, request: EngineRequest, allocated_tokens: int, hashed_tokens: int, gone: bool) -> None:
         """Free a request's blocks; `gone` when it will never look its own content up again."""
@@ -294,29 +308,29 @@ class BlockPool:
             self.free += total
             self.unhashed += total
             return
-        path = request.path
         full = hashed_tokens // size
-        if path is None:
-            if full:
-                node = None
-                if not gone:
-                    node = Node(None, None)
-                    node.users = 1
-                    request.path = [(node, 0, FAR)]
-                    request.held = []
-                    request.tail = None
-                    request.hashed_blocks = 0
-                piece = Piece(node, 0, full, 0)
-                if node is not None:
-                    node.pieces.append(piece)
-                self.append_free(piece)
-        else:
-            self.cache(request, hashed_tokens)
-            self._let_go(request)
-            if gone:
-                self.leave(path)
         self.free += total - full
         self.unhashed += total - full
+        path = request.path
+        if not gone:
+            if path is None:
+                request.path = []
+                request.held = []
+                request.tail = None
+                request.hashed_blocks = 0
+            self.cache(request, hashed_tokens)
+            self._let_go(request)
+        elif not path:
+            if full:
+                self._append_dead(full)
+        else:
+            end = path[-1][2]
+            if full > end:
+                self._append_dead(full - end)
+                full = end
+            self.cache(request, full * size)
+            self._let_go(request)
+            self.leave(request)
 
     def _let_go(self, request: EngineRequest) -> None:
         """Drop one reference from everything held, tail first."""
@@ -324,7 +338,7 @@ class BlockPool:
             if held.rest is None:
                 held.references -= 1
                 if not held.references:
-                    self.append_free(held)
+                    self._append(held)
                 continue
             chain = []
             piece: Piece | None = held
@@ -335,7 +349,7 @@ class BlockPool:
                 piece.references -= 1
                 if not piece.references:
                     piece.rest = None
-                    self.append_free(piece)
+                    self._append(piece)
         request.held = []
         request.tail = None
         request.hashed_blocks = 0

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ersim.types import Segment
 
 if TYPE_CHECKING:
+    from ersim.engine.bulk import DecodeBulk
     from ersim.engine.prefix import Node, Piece
-    from ersim.engine.scheduler import Engine
 
 NEW, WAITING, PREEMPTED, DECODING, WALKED, GHOST, FINISHED = range(7)
 """Where a request is.
@@ -26,15 +26,15 @@ class EngineRequest:
     output_tokens is the true answer length, its end-of-sequence token included; the request ends
     by "length" when max_tokens or max_model_len comes first or at the same token, else by "stop".
     segments (their tokens sum to prompt_tokens) and output_content_id identify content for the
-    prefix cache, as in `ersim.types.Request`. block_keys replaces both: the identity of each full
-    block from the first on, as far as it is known (it may run on into the answer); what lies behind
-    is private. payload is the caller's.
+    prefix cache, as in `ersim.types.Request`; without segments nothing is shared. block_keys
+    replaces both: the identity of each full block from the first on, as far as it is known (it may
+    run on into the answer); what lies behind is private. payload is the caller's.
 
     Readable at any time: computed_tokens, generated_tokens, preemptions, cached_tokens (prefix hit
     of the first admission) and finish_reason (None, "length", "stop" or "abort").
     """
 
-    __slots__ = (
+    __slots__ = (  # noqa: RUF023 (grouped by who sets them)
         # what the caller said
         "block_keys",
         "max_tokens",
@@ -49,8 +49,9 @@ class EngineRequest:
         "cached_tokens",
         "finish_reason",
         "preemptions",
-        # the scheduler's own state; the formulas that bind it are in scheduler.py
+        # the scheduler's own state; the formulas that bind it are in bulk.py
         "admission",
+        "answer",
         "arrival",
         "computed",
         "engine",
@@ -98,8 +99,9 @@ class EngineRequest:
         self.generated = 0
         self.computed = 0
         self.placeholders = 0
-        self.engine: Engine
-        self.path: list[tuple[Node, int, int]] | None
+        self.engine: DecodeBulk
+        self.answer: Node | None = None
+        self.path: list[tuple[Node, int, int]] | None = None
         self.held: list[tuple[Piece, int]]
         self.tail: Piece | None
         self.arrival: int
@@ -121,7 +123,9 @@ class EngineRequest:
     @property
     def generated_tokens(self) -> int:
         """Answer tokens delivered so far."""
-        return self.engine.generated_of(self) if self.state == DECODING else self.generated
+        if self.state == DECODING:
+            return self.engine.generated_of(self)
+        return self.length - 1 if self.state == GHOST else self.generated
 
     def __repr__(self) -> str:
         return (

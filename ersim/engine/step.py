@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ersim.engine.request import EngineRequest
 
 NOBODY: tuple[EngineRequest, ...] = ()
-"""Shared by all steps in which nothing happened to anybody; never mutated."""
+"""Shared by all steps in which nothing happened to anybody."""
 
 
 class Step:
@@ -26,27 +26,18 @@ class Step:
     tokens_out: tokens delivered when this step ends; final after `update` (rows that are computed
     in vain, after an end-of-sequence token or an abort, deliver none).
     rows: requests outside the bulk whose token of this step `update` must count one by one.
+
+    No __slots__: what is rarely set is a class attribute until it is.
     """
 
-    __slots__ = (
-        "admitted",
-        "batch",
-        "finished",
-        "first",
-        "index",
-        "preempted",
-        "resumed",
-        "rows",
-        "tokens_out",
-    )
+    admitted: Sequence[EngineRequest] = NOBODY
+    resumed: Sequence[EngineRequest] = NOBODY
+    preempted: Sequence[EngineRequest] = NOBODY
+    first: Sequence[EngineRequest] = NOBODY
+    finished: Sequence[EngineRequest] = NOBODY
+    rows: list[EngineRequest] | None = None
 
     def __init__(self, index: int, batch: Batch, tokens_out: int) -> None:
         self.index = index
         self.batch = batch
         self.tokens_out = tokens_out
-        self.admitted: Sequence[EngineRequest] = NOBODY
-        self.resumed: Sequence[EngineRequest] = NOBODY
-        self.preempted: Sequence[EngineRequest] = NOBODY
-        self.first: Sequence[EngineRequest] = NOBODY
-        self.finished: Sequence[EngineRequest] = NOBODY
-        self.rows: list[EngineRequest] | None = None

@@ -78,7 +78,7 @@ class ErsimSide:
         batch = step.batch
         rows = sorted((request.request_id, tokens) for request, tokens in self.engine.scheduled_rows(step))
         return self._state() | {
-            "scheduled": rows if batch.tokens else [],
+            "scheduled": rows,
             "tokens": batch.tokens,
             "admitted": [request.request_id for request in step.admitted],
             "resumed": [request.request_id for request in step.resumed],
