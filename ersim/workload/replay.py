@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 from ersim.config import WorkloadConfig
 from ersim.errors import DataError, bad_value
-from ersim.types import Request
+from ersim.types import Request, Segment
 from ersim.workload.base import Workload
 from ersim.workload.draws import Sampler
 from ersim.workload.opened import arrival_times
 from ersim.workload.prompts import PromptSet
 from ersim.workload.sessions import RequestMaker
-from ersim.workload.traces import Trace, read_trace
+from ersim.workload.traces import BLOCK_TOKENS, Trace, read_trace
 
 Ints = npt.NDArray[np.int64]
 
@@ -77,6 +77,7 @@ class TraceWorkload(Workload):
             tokens[: self.requests].tolist()
             for tokens in sampler.cut(own, sampler.scaled(trace.output_tokens))
         )
+        self._block_ids = trace.block_ids
         self._arrival_s = _times(trace, config, seed)[: self.requests].tolist()
 
     def arrivals(self) -> Iterator[Request]:
@@ -84,7 +85,18 @@ class TraceWorkload(Workload):
         for number, (row, arrival_s) in enumerate(zip(rows, self._arrival_s, strict=True)):
             request = self._maker.opening(number, number, *row)
             request.arrival_s = arrival_s
+            if self._block_ids is not None:
+                request.segments = _segments(self._block_ids[number], request.prompt_tokens)
             yield request
+
+
+def _segments(block_ids: Sequence[int], prompt_tokens: int) -> tuple[Segment, ...]:
+    """The prompt's content by the trace's block ids; the last block may be shorter."""
+    starts = range(0, prompt_tokens, BLOCK_TOKENS)
+    return tuple(
+        Segment(block_id + 1, min(BLOCK_TOKENS, prompt_tokens - start))
+        for block_id, start in zip(block_ids, starts, strict=False)
+    )
 
 
 def _times(trace: Trace, config: WorkloadConfig, seed: int) -> npt.NDArray[np.float64]:

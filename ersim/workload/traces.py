@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +33,19 @@ GeneratedTokens are those of the Azure LLM inference trace as published; prompt_
 `vllm bench serve`. The names that `ersim.results` writes are here too, so that a run can be replayed."""
 
 
+BLOCKS = "hash_ids"
+BLOCK_TOKENS = 512
+"""Mooncake's traces (Qin et al., "Mooncake", FAST 2025; github.com/kvcache-ai/Mooncake) name the content of
+each 512 tokens of a prompt by a hash id, so that shared prefixes can be replayed. Their timestamps are ms."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """Requests in the order of their arrival; arrays of shape (requests,).
 
     arrival_s starts at 0, None when the file has no times. prompt_tokens is None when the file holds
-    texts only. texts and prompt_indices are None unless the file has them.
+    texts only. texts, prompt_indices and block_ids are None unless the file has them; block_ids identify the
+    content of each prompt's successive blocks of BLOCK_TOKENS.
     """
 
     path: str
@@ -46,6 +54,7 @@ class Trace:
     output_tokens: npt.NDArray[np.int64]
     texts: list[str] | None = None
     prompt_indices: npt.NDArray[np.int64] | None = None
+    block_ids: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.output_tokens)
@@ -71,13 +80,20 @@ def read_trace(path: str | Path) -> Trace:
     if prompt is None and text is None:
         raise _no_column(table, path, "a prompt length or text", PROMPT + TEXT)
     arrival, index = _column(table, ARRIVAL, path), _column(table, PROMPT_INDEX, path)
+    seconds = None if arrival is None else _arrivals(arrival, path)
+    prompt_tokens = None if prompt is None else whole_numbers(prompt, path, 1)
+    blocks = None
+    if BLOCKS in table.columns and prompt_tokens is not None:
+        blocks = _blocks(table[BLOCKS], prompt_tokens, path)
+        seconds = None if seconds is None else seconds / 1000
     return Trace(
         path=str(path),
-        arrival_s=None if arrival is None else _arrivals(arrival, path),
-        prompt_tokens=None if prompt is None else whole_numbers(prompt, path, 1),
+        arrival_s=seconds,
+        prompt_tokens=prompt_tokens,
         output_tokens=whole_numbers(output, path, 1),
         texts=None if text is None else list(texts(text, path)),
         prompt_indices=None if index is None else whole_numbers(index, path, 0),
+        block_ids=blocks,
     )
 
 
@@ -91,6 +107,21 @@ def _no_column(table: pd.DataFrame, path: str | Path, what: str, names: tuple[st
     return DataError(
         f"{path} has no column with {what} (one of: {', '.join(names)}); its columns are: {there}"
     )
+
+
+def _blocks(values: pd.Series, prompt_tokens: npt.NDArray[np.int64], path: str | Path) -> list[list[int]]:
+    """Block ids by row; DataError unless a row has one whole number for each BLOCK_TOKENS."""
+    rows = []
+    for row, (ids, tokens) in enumerate(zip(values, prompt_tokens.tolist(), strict=True), 1):
+        needed = math.ceil(tokens / BLOCK_TOKENS)
+        good = isinstance(ids, (list, np.ndarray)) and len(ids) == needed
+        if not good or not all(isinstance(one, (int, np.integer)) and one >= 0 for one in ids):
+            raise DataError(
+                f"{path}: row {row}: {BLOCKS} must be a list of {needed} whole numbers, one for each "
+                f"{BLOCK_TOKENS} of its {tokens} prompt tokens"
+            )
+        rows.append([int(one) for one in ids])
+    return rows
 
 
 def _arrivals(values: pd.Series, path: str | Path) -> npt.NDArray[np.float64]:

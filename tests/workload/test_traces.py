@@ -10,7 +10,7 @@ import pytest
 
 from ersim.config import LengthsConfig, PromptSetConfig, WorkloadConfig
 from ersim.errors import ConfigError, DataError
-from ersim.types import Request
+from ersim.types import Request, Segment
 from ersim.workload import (
     PromptSet,
     ReplayWorkload,
@@ -129,6 +129,22 @@ def test_bench_jsonl_is_replayed_at_a_rate(tmp_path: Path, prompts: PromptSet) -
         replay(path, own)
     with pytest.raises(DataError, match=r"row 1: its prompt is not in the prompt set small.*prompts.path"):
         replay(path, prompts, rate_rps=10.0)
+
+
+def test_mooncake_trace_keeps_its_shared_prefixes(tmp_path: Path, prompts: PromptSet) -> None:
+    """Times in ms, and content ids for blocks of 512 tokens: the first two requests share one block."""
+    path = tmp_path / "mooncake.jsonl"
+    path.write_text(
+        '{"timestamp": 1000, "input_length": 700, "output_length": 5, "hash_ids": [0, 1]}\n'
+        '{"timestamp": 4000, "input_length": 1024, "output_length": 6, "hash_ids": [0, 2]}\n'
+    )
+    first, second = replay(path, prompts)
+    assert (first.arrival_s, second.arrival_s) == (0.0, 3.0)
+    assert first.segments == (Segment(1, 512), Segment(2, 188))
+    assert second.segments == (Segment(1, 512), Segment(3, 512))
+    path.write_text('{"timestamp": 0, "input_length": 700, "output_length": 5, "hash_ids": [0]}\n')
+    with pytest.raises(DataError, match=r"row 1: hash_ids must be a list of 2 whole numbers"):
+        read_trace(path)
 
 
 def test_azure_traces_replay_whole(shared_data: Path, prompts: PromptSet) -> None:
