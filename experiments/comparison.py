@@ -136,16 +136,16 @@ def _cell(values: pd.DataFrame, line: str, users: int, form: str, best: bool) ->
 
 def _best(done: pd.DataFrame, column: str, more: bool) -> set[tuple[str, int]]:
     """(line, users) of the best line at each load and of those whose interval overlaps its interval."""
-    low = f"{column}_low" if f"{column}_low" in done else column
-    high = f"{column}_high" if f"{column}_high" in done else column
     marks: set[tuple[str, int]] = set()
     for users, group in done.groupby("users"):
-        means = group.groupby("line")[[column, low, high]].mean().dropna(subset=[column])
+        edges = pd.DataFrame({"line": group["line"], "mean": group[column]})
+        for edge in ("low", "high"):
+            edges[edge] = group[f"{column}_{edge}"] if f"{column}_{edge}" in group else None
+        means = edges.groupby("line").mean().dropna(subset=["mean"]).astype(float)
         if means.empty:
             continue
-        means[low] = means[low].fillna(means[column])
-        means[high] = means[high].fillna(means[column])
-        winner = means.loc[means[column].idxmax() if more else means[column].idxmin()]
-        alike = (means[low] <= winner[high]) & (means[high] >= winner[low])
-        marks.update((str(line), int(users)) for line in means.index[alike])  # type: ignore[call-overload]
+        low, high = means["low"].fillna(means["mean"]), means["high"].fillna(means["mean"])
+        winner = means["mean"].idxmax() if more else means["mean"].idxmin()
+        alike = (low <= high[winner]) & (high >= low[winner])
+        marks.update((str(line), int(str(users))) for line in means.index[alike])
     return marks

@@ -134,7 +134,8 @@ def _one(points: pd.DataFrame, lines: Sequence[str], panel: Panel, title: str) -
     figure.subplots_adjust(left=0.09, right=0.74, top=0.88, bottom=0.11)
     _draw(axes, points, lines, panel, bands=True, labels=True)
     axes.set_title(f"{panel.title}\n", loc="left")
-    axes.text(0, 1.02, f"{title}; {panel.band}", transform=axes.transAxes, fontsize=9, color="#555555")
+    note = f"{title}; {panel.band}" if panel.high in points else title
+    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="#555555")
     return figure
 
 

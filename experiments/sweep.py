@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ersim.errors import ErsimError
 from ersim.util.files import write_json, write_text
 from experiments.check import check_jobs
+from experiments.job import ERROR
 from experiments.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def run_sweep(sweeper: ErsimSweeper, arguments: list[str]) -> list[Sequence[JobR
         sweeper.launcher.composed = composed
     try:
         returns = sweeper.launcher.launch(overrides, initial_job_idx=0)
+        _record_deaths(folder, composed, returns)
     finally:
         from experiments.report import finish
 
@@ -63,6 +65,14 @@ def run_sweep(sweeper: ErsimSweeper, arguments: list[str]) -> list[Sequence[JobR
             f"the first: {failed[0]._return_value}"
         )
     return [returns]
+
+
+def _record_deaths(folder: Path, composed: list[DictConfig], returns: Sequence[JobReturn]) -> None:
+    """Write error.json for jobs whose process died before it could."""
+    for config, result in zip(composed, returns, strict=True):
+        path = folder / _subfolder(config) / ERROR
+        if result.status is not JobStatus.COMPLETED and not path.exists():
+            write_json(path, {"error": str(result._return_value), "kind": "ProcessDied"})
 
 
 def _combinations(sweeper: ErsimSweeper, arguments: list[str]) -> list[list[str]]:
