@@ -44,6 +44,15 @@ def _task(config: DictConfig) -> None:
     show_single(config, summary, folder)
 
 
+def list_calibrations() -> None:
+    """`ersim calibration=list`: what step times are known, from where, how well; figures as JSON last."""
+    import json
+
+    from experiments.calibrate import show_list
+
+    print(json.dumps({"calibrations": show_list()}))
+
+
 def main() -> None:
     """Run the command line in sys.argv."""
     try:
@@ -51,6 +60,9 @@ def main() -> None:
     except ErsimError as error:
         print(f"ersim: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    if sys.argv[1:] == ["calibration=list"]:
+        list_calibrations()
+        return
     register()
     command = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(_task)
     try:
