@@ -62,7 +62,7 @@ class Gateway:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
         if self.settings.access_log:
             Path(self.settings.access_log).parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(self.settings.access_log, "a", encoding="utf-8")  # noqa: SIM115
+            self._log = open(self.settings.access_log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, auto_decompress=False
         ) as session:

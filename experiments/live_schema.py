@@ -1,0 +1,149 @@
+"""What `ersim-profile` and `ersim-validate` compose, and what both do with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ersim.config import (
+    ExpertConfig,
+    FleetConfig,
+    GatewayConfig,
+    ObjectiveConfig,
+    RouterConfig,
+    SimulationConfig,
+    UncertaintyConfig,
+    WorkloadConfig,
+    validate_expert,
+    validate_workload,
+)
+from ersim.errors import ConfigError, ErsimError, bad_value
+from experiments.schema import TrackingConfig
+from testbed.plan import ProfilePlan
+
+
+@dataclass
+class LiveConfig:
+    """A live job.
+
+    users: the loads, one run each. seconds: length of a run, warmup_s of them are not counted.
+    repeats: runs per load (medians are compared). replications: simulations per load. folder: where
+    calibrations are written and read; name: the study's name in MLflow. clients see `cores`.
+    """
+
+    name: str = "live"
+    users: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    seconds: float = 60.0
+    warmup_s: float = 6.0
+    repeats: int = 1
+    replications: int = 8
+    folder: Optional[str] = None
+    install: bool = False
+    cross_check: bool = False
+    seed: int = 0
+    fleet: Optional[FleetConfig] = None
+    expert: Optional[ExpertConfig] = None
+    plan: ProfilePlan = field(default_factory=ProfilePlan)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    uncertainty: UncertaintyConfig = field(default_factory=UncertaintyConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def register() -> None:
+    """Put the schema into Hydra's config store."""
+    ConfigStore.instance().store(name="live_schema", node=LiveConfig)
+
+
+def list_overrides(arguments: list[str]) -> list[str]:
+    """`users=1,2,4` as `users=[1,2,4]`: these commands take all loads in one job."""
+    changed = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        plain = key == "users" and equals and not value.startswith("[")
+        changed.append(f"users=[{value}]" if plain else argument)
+    return changed
+
+
+def to_live(config: DictConfig) -> LiveConfig:
+    """The composed config as typed, checked objects. Raises ConfigError naming the key at fault."""
+    try:
+        job: LiveConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise ConfigError(f"{key} cannot be used: {str(error).splitlines()[0]}") from error
+    if job.expert is not None:
+        name = HydraConfig.get().runtime.choices.get("expert") or "expert"
+        job = dataclasses.replace(job, fleet=FleetConfig(name=name, experts={name: job.expert}))
+    if job.fleet is None or not job.fleet.experts:
+        raise bad_value("fleet", "chosen (fleet=live_cpu), or an expert (expert=tiny_bf16)", None)
+    for name, expert in job.fleet.experts.items():
+        validate_expert(expert, f"fleet.experts.{name}")
+    validate_workload(job.workload)
+    for value in job.users:
+        if value < 1:
+            raise bad_value("users", "all >= 1", value)
+    if not 0 <= job.warmup_s < job.seconds:
+        raise bad_value("warmup_s", f"in [0, seconds={job.seconds:g})", job.warmup_s)
+    return job
+
+
+def simulation(job: LiveConfig, fleet: FleetConfig, users: int) -> SimulationConfig:
+    """The simulation that corresponds to a live job at one load."""
+    return SimulationConfig(
+        users=users,
+        seed=job.seed,
+        fleet=fleet,
+        workload=job.workload,
+        router=job.router,
+        gateway=job.gateway,
+        objective=job.objective,
+        uncertainty=job.uncertainty,
+    )
+
+
+def one_line_errors(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """The task with ErsimError turned into what Hydra shows without a traceback."""
+
+    @functools.wraps(task)
+    def wrapped(config: DictConfig) -> None:
+        try:
+            task(config)
+        except ErsimError as error:
+            raise CompactHydraException(str(error)) from error
+
+    return wrapped
+
+
+def home(job: LiveConfig) -> Path:
+    """Where a fleet's calibrations and runs lie."""
+    assert job.fleet is not None  # to_live has checked it
+    return Path(job.folder or f"outputs/live/{job.fleet.name}")
+
+
+def say(text: str) -> None:
+    """Progress, apart from the results on standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_command(command: Any, name: str) -> None:
+    """Run a Hydra command over sys.argv; an interrupt is one line and status 130."""
+    sys.argv[1:] = list_overrides(sys.argv[1:])
+    try:
+        command()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; its servers are stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,80 @@
+"""Profiles and validations into MLflow: scalars as params, errors as metrics, files as artifacts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.live_schema import LiveConfig, say
+from experiments.tracking import connect, experiment_id, metric_name
+
+
+def _new_run(job: LiveConfig, name: str, kind: str) -> tuple[Any, str]:
+    client = connect(job.tracking.uri)
+    experiment = experiment_id(client, f"{job.tracking.experiment}-live", job.tracking.uri)
+    run = client.create_run(experiment, run_name=name, tags={"ersim.kind": kind})
+    return client, str(run.info.run_id)
+
+
+def _finish(
+    client: Any, run_id: str, metrics: Sequence[tuple[str, float, int]], params: Mapping[str, Any],
+    files: Sequence[Path],
+) -> None:  # fmt: skip
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run_id,
+        [Metric(metric_name(key), float(value), now, step) for key, value, step in metrics],
+        [Param(key, str(value)) for key, value in params.items()],
+    )
+    for path in files:
+        if path.is_file():
+            client.log_artifact(run_id, str(path))
+    client.set_terminated(run_id)
+    say(f"MLflow: run {run_id}")
+
+
+def log_profile(job: LiveConfig, folder: Path, figures: Mapping[str, Any]) -> None:
+    """One run per expert: held-out error, noise, calibration file and figure."""
+    assert job.fleet is not None
+    for name, item in figures["experts"].items():
+        expert = job.fleet.experts[name]
+        client, run_id = _new_run(job, f"profile {name}", "profile")
+        numbers = [
+            (key, item[key], 0) for key in ("held_out_mape", "mape", "step_noise", "recorder_overhead")
+        ]
+        for other, slowdown in (figures.get("slowdowns") or {}).get(name, {}).items():
+            numbers.append((f"slowdown/{other}", slowdown, 0))
+        params = {
+            "fleet": figures["fleet"], "expert": name, "model": expert.model, "precision": expert.precision,
+            "gpu": expert.gpu, "tp": expert.tp, "steps": item["steps"], "kv_blocks": item["kv_blocks"],
+            "vllm_version": item["vllm_version"], "digest": item["digest"], "seed": job.seed,
+        }  # fmt: skip
+        files = [folder / f"{name}.json", folder / f"{name}.png", folder / "fleet.json"]
+        _finish(client, run_id, numbers, params, files)
+
+
+def log_validation(job: LiveConfig, folder: Path, rows: pd.DataFrame, figures: Mapping[str, Any]) -> None:
+    """One run: measured, predicted and error of every metric at step = users."""
+    assert job.fleet is not None
+    client, run_id = _new_run(job, f"validate {job.fleet.name}", "validate")
+    numbers: list[tuple[str, float, int]] = []
+    for row in rows.itertuples():
+        for kind in ("measured", "predicted", "error"):
+            value = float(getattr(row, kind))
+            if abs(value) < 1e300 and value == value:
+                numbers.append((f"{kind}/{row.metric}", value, int(row.users)))
+    numbers += [(f"mean_error/{key}", value, 0) for key, value in figures["mean_abs_error"].items()]
+    params = {"fleet": job.fleet.name, "seed": job.seed, "seconds": job.seconds, "router": job.router.policy}
+    files = [
+        folder / "validation.csv",
+        folder / "validation.png",
+        folder / "validation.json",
+        folder / "fleet.json",
+    ]
+    _finish(client, run_id, numbers, params, files)

@@ -1,0 +1,209 @@
+"""The `ersim-profile` command: real servers, a designed grid, calibrations with their doubt."""
+
+# ruff: noqa: E402 (threads are limited before anything imports numpy)
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import asyncio
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig
+
+from ersim.config import FleetConfig
+from ersim.prepare import Preparations
+from ersim.steptime import Calibration, build_expert_model
+from ersim.steptime.calibration import CALIBRATION_DIR, file_name, save
+from ersim.util.files import to_json, write_json
+from experiments.live_schema import (
+    LiveConfig,
+    home,
+    one_line_errors,
+    register,
+    run_command,
+    say,
+    simulation,
+    to_live,
+)
+from experiments.paths import conf_dir
+from testbed.contention import fit_slowdowns
+from testbed.fleet import LiveFleet
+from testbed.fleet_calibration import FleetCalibration, measure_gateway, with_calibrations
+from testbed.fleet_calibration import save as save_fleet
+from testbed.gateway.process import GatewayProcess
+from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
+from testbed.live_settings import read_live
+from testbed.plan import check_plan
+from testbed.power import PowerSampler
+from testbed.profiling import Profiler, ProfileRun, fit, profile_steps
+from testbed.step_log import read_step_log
+
+
+def profile(job: LiveConfig) -> dict[str, Any]:
+    """Profile every expert of the job's fleet; returns the figures that the command prints."""
+    assert job.fleet is not None  # to_live has checked it
+    began_s = time.monotonic()
+    folder = home(job)
+    for expert in job.fleet.experts.values():
+        check_plan(job.plan, expert.engine.max_model_len)
+    shutil.rmtree(folder / "profile", ignore_errors=True)
+    with LiveFleet(job.fleet, folder / "profile", say) as live:
+        calibrations = {name: _one_expert(job, live, name, folder) for name in job.fleet.experts}
+        known = _together(job, live, calibrations, folder) if len(calibrations) > 1 else None
+    figures: dict[str, Any] = {
+        "command": "ersim-profile",
+        "fleet": job.fleet.name,
+        "folder": str(folder),
+        "experts": {name: summary(item) for name, item in calibrations.items()},
+        "seconds": round(time.monotonic() - began_s, 1),
+    }
+    if known is not None:
+        figures |= {"base": known.base, "slowdowns": known.slowdowns, "gateway": known.gateway}
+    write_json(folder / "profile.json", figures)
+    _log(job, folder, figures)
+    return figures
+
+
+def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Calibration:
+    """The plan on one expert while the others idle, and the calibration fitted to it."""
+    assert job.fleet is not None
+    expert, server = job.fleet.experts[name], live.servers[name][0]
+    profiler = Profiler(
+        server.spec.url,
+        name,
+        vocabulary(job.fleet),
+        job.workload,
+        job.seed,
+        lambda text: say(f"{name}: {text}"),
+    )
+    with PowerSampler() as power:
+        run = asyncio.run(profiler.run(job.plan, expert.engine.max_num_seqs or 512))
+    time.sleep(1.0)  # the recorder writes twice a second
+    live.check_alive()
+    log = read_step_log(server.spec.steps_path)
+    device = read_live(expert.live, expert.precision, name).device
+    calibration = fit(expert, f"{name}_{expert.precision}_live", log, run, power.log, device, job.seed)
+    path = folder / f"{name}.json"
+    save(calibration, path)
+    if job.install:
+        gpu = "cpu" if device == "cpu" else expert.gpu
+        save(
+            calibration, CALIBRATION_DIR / gpu / file_name(expert.model, expert.precision, expert.tp, "steps")
+        )
+    _figure(job, calibration, name, log, run, folder)
+    say(f"{name}: held-out error {100 * calibration.fit['held_out_mape']:.1f} %, {path}")
+    return calibration
+
+
+def _figure(
+    job: LiveConfig, calibration: Calibration, name: str, log: Any, run: ProfileRun, folder: Path
+) -> None:
+    """Predicted against measured, one dot per step."""
+    from experiments.live_figures import predicted_against_measured
+
+    assert job.fleet is not None
+    expert = dataclasses.replace(job.fleet.experts[name], calibration=str(folder / f"{name}.json"))
+    step_time = build_expert_model(expert, f"fleet.experts.{name}").step_time()
+    batches, measured = profile_steps(log, run)
+    predicted = np.array([step_time.step_s(batch) for batch in batches])
+    mixed = np.array([bool(batch.prefills) for batch in batches])
+    predicted_against_measured(predicted, measured, mixed, calibration, folder / f"{name}.png")
+
+
+def _together(
+    job: LiveConfig, live: LiveFleet, calibrations: dict[str, Calibration], folder: Path
+) -> FleetCalibration:
+    """All experts under common load through the gateway: contention, gateway and front-end times."""
+    assert job.fleet is not None
+    fleet = calibrated_fleet(job.fleet, calibrations, folder)
+    config, shared = simulation(job, fleet, 1), Preparations()
+    settings = gateway_settings(config, shared, live, folder / "profile")
+    runs: list[LiveRun] = []
+    with GatewayProcess(settings, folder / "profile") as gateway:
+        for users in job.plan.mixed_users:
+            level = level_config(dataclasses.replace(config, seed=job.seed + users), users, job.plan.mixed_s)
+            say(f"common load: {users} users for {job.plan.mixed_s:g} s")
+            runs.append(run_level(level, shared, live, settings, gateway.url, job.plan.mixed_s, f"p{users}"))
+    time.sleep(1.0)
+    start, end = runs[0].load.start_s, runs[-1].load.end_s
+    logs = {
+        name: read_step_log(live.servers[name][0].spec.steps_path).between(start, end)
+        for name in calibrations
+    }
+    base, slowdowns = {}, {}
+    for name in calibrations:
+        model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
+        others = {other: log for other, log in logs.items() if other != name}
+        base[name], slowdowns[name] = fit_slowdowns(logs[name], model.step_time(), others)
+    records = [record for run in runs for record in run.load.records]
+    known = FleetCalibration(
+        fleet=job.fleet.name,
+        calibrations={name: f"{name}.json" for name in calibrations},
+        base=base,
+        slowdowns=slowdowns,
+        gateway=measure_gateway(records, runs[-1].access, logs),
+        users=list(job.plan.mixed_users),
+        vllm_version=str(next(iter(logs.values())).meta["vllm_version"]),
+    )
+    save_fleet(known, folder)
+    return known
+
+
+def calibrated_fleet(fleet: FleetConfig, calibrations: dict[str, Calibration], folder: Path) -> FleetConfig:
+    """The fleet with the calibration files just written."""
+    files = {name: f"{name}.json" for name in calibrations}
+    return with_calibrations(fleet, FleetCalibration(fleet.name, files, {}, {}, {}), folder)
+
+
+def summary(calibration: Calibration) -> dict[str, Any]:
+    """A calibration's figures for print and MLflow."""
+    return {
+        "held_out_mape": calibration.fit["held_out_mape"],
+        "mape": calibration.fit["mape"],
+        "steps": calibration.fit["steps"],
+        "step_noise": calibration.residual_rel_std,
+        "kv_blocks": calibration.kv_blocks,
+        "recorder_overhead": calibration.provenance["recorder_overhead"],
+        "vllm_version": calibration.vllm_version,
+        "digest": calibration.digest[:12],
+        "phases_skipped": [p["name"] for p in calibration.provenance["phases"] if p["skipped"]],
+    }
+
+
+def _log(job: LiveConfig, folder: Path, figures: dict[str, Any]) -> None:
+    if job.tracking.enabled is False:
+        return
+    from experiments.live_tracking import log_profile
+
+    log_profile(job, folder, figures)
+
+
+@one_line_errors
+def _task(config: DictConfig) -> None:
+    figures = profile(to_live(config))
+    for name, item in figures["experts"].items():
+        print(f"{name}: {item['steps']} steps, held-out error {100 * item['held_out_mape']:.2f} %")
+    print(to_json(figures, indent=None))
+
+
+def main() -> None:
+    """Run the command line in sys.argv."""
+    register()
+    run_command(
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="live/profile")(_task),
+        "ersim-profile",
+    )
+
+
+if __name__ == "__main__":
+    main()

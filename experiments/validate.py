@@ -1,0 +1,258 @@
+"""The `ersim-validate` command: the same load live and simulated, side by side."""
+
+# ruff: noqa: E402 (threads are limited before anything imports numpy)
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig
+
+from ersim.config import SimulationConfig
+from ersim.errors import ConfigError, bad_value
+from ersim.prepare import Preparations
+from ersim.results import Window
+from ersim.results.compare import VALIDATED, compare
+from ersim.util.files import to_json, write_atomically, write_json
+from experiments.live_schema import (
+    LiveConfig,
+    home,
+    one_line_errors,
+    register,
+    run_command,
+    say,
+    simulation,
+    to_live,
+)
+from experiments.paths import conf_dir
+from testbed.fleet import LiveFleet
+from testbed.fleet_calibration import FleetCalibration, with_calibrations
+from testbed.fleet_calibration import load as load_fleet
+from testbed.gateway.process import GatewayProcess
+from testbed.live_run import LiveRun, check_answered, gateway_settings, level_config, run_level
+from testbed.measured import measured_summary
+from testbed.measured_run import write_run
+from testbed.power import PowerLog, PowerSampler
+from testbed.predict import predicted_summary, shares
+from testbed.replay import replay
+from testbed.step_log import read_step_log
+
+BARS_CPU: Mapping[str, float] = {
+    "output_throughput": 0.05,
+    "median_tpot_ms": 0.08,
+    "median_e2el_ms": 0.08,
+    "median_ttft_ms": 0.15,
+}
+BARS_GPU: Mapping[str, float] = {
+    "output_throughput": 0.03,
+    "median_tpot_ms": 0.03,
+    "median_e2el_ms": 0.03,
+    "median_ttft_ms": 0.08,
+}
+METRICS = (*VALIDATED, "p99_gateway_ms")
+
+
+def check_loads(job: LiveConfig, known: FleetCalibration) -> None:
+    """Raise ConfigError for a load that the calibration was made with."""
+    used = sorted(set(job.users) & set(known.users))
+    if used:
+        raise bad_value("users", f"loads that did not calibrate (not {known.users})", used)
+
+
+def validate(job: LiveConfig) -> dict[str, Any]:
+    """Run live, simulate, compare, write, log; returns the figures that the command prints."""
+    assert job.fleet is not None  # to_live has checked it
+    began_s = time.monotonic()
+    folder = home(job)
+    known = load_fleet(folder)
+    check_loads(job, known)
+    fleet = with_calibrations(job.fleet, known, folder)
+    base = simulation(job, fleet, 1)
+    base.gateway = known.gateway_config(job.gateway)
+    shared = Preparations()
+    runs, power = _measure(job, base, shared, known, folder)
+    rows, summaries = _compare(job, base, shared, known, runs, power)
+    replays = _replays(folder)
+    figures = _figures(job, folder, rows, replays, power, time.monotonic() - began_s)
+    write_atomically(folder / "validation.csv", lambda path: rows.to_csv(path, index=False))
+    write_json(folder / "validation.json", {**figures, "summaries": summaries})
+    _draw_and_log(job, folder, rows, figures)
+    return figures
+
+
+def _replays(folder: Path) -> dict[str, Any]:
+    """Every server's whole log through the simulator's engine: share of identical batches."""
+    logs = sorted((folder / "runs").glob("*.steps.jsonl"))
+    return {path.name.removesuffix(".steps.jsonl"): replay(read_step_log(path)).to_dict() for path in logs}
+
+
+def _measure(
+    job: LiveConfig, base: SimulationConfig, shared: Preparations, known: FleetCalibration, folder: Path
+) -> tuple[dict[tuple[int, int], LiveRun], PowerLog]:
+    """All loads, `repeats` times each, on one fleet and one gateway. Keys are (users, repeat)."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    runs: dict[tuple[int, int], LiveRun] = {}
+    with LiveFleet(base.fleet, folder / "runs", say) as live:
+        settings = gateway_settings(base, shared, live, folder / "runs")
+        with GatewayProcess(settings, folder / "runs") as gateway, PowerSampler() as power:
+            for repeat in range(job.repeats):
+                for users in job.users:
+                    say(f"live: {users} users for {job.seconds:g} s")
+                    level = level_config(base, users, job.seconds)
+                    tag = f"u{users}r{repeat}"
+                    run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag)
+                    check_answered(run)
+                    _check_version(run, known)
+                    write_run(run, level, folder / "runs" / tag)
+                    runs[users, repeat] = run
+    return runs, power.log
+
+
+def _check_version(run: LiveRun, known: FleetCalibration) -> None:
+    """Raise ConfigError when the servers run another vLLM than the calibration was made with."""
+    for name, log in run.logs.items():
+        version = str(log.meta["vllm_version"])
+        if version != known.vllm_version:
+            raise ConfigError(
+                f"expert {name} runs vLLM {version}, its calibration was made with {known.vllm_version}: "
+                "profile again with ersim-profile, or install that version"
+            )
+
+
+def _compare(
+    job: LiveConfig,
+    base: SimulationConfig,
+    shared: Preparations,
+    known: FleetCalibration,
+    runs: Mapping[tuple[int, int], LiveRun],
+    power: PowerLog,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """One row per load and metric, and both summaries per load."""
+    window = Window(job.warmup_s, job.seconds, True)
+    rows: list[dict[str, Any]] = []
+    summaries: dict[str, Any] = {}
+    for users in job.users:
+        measured = [
+            measured_summary(run.requests, run.gaps, window, base.objective, power)
+            for (level, _), run in runs.items()
+            if level == users
+        ]
+        say(f"simulating {users} users")
+        level = level_config(base, users, job.seconds)
+        told, _ = predicted_summary(level, shared, known, window, job.replications)
+        rows += _rows(users, measured, told, list(base.fleet.experts))
+        summaries[str(users)] = {"measured": measured, "predicted": told}
+    return pd.DataFrame(rows), summaries
+
+
+def _rows(
+    users: int, measured: Sequence[dict[str, Any]], told: dict[str, Any], experts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Median of the repeats against the prediction, metric by metric, then the share per expert."""
+    typical = {
+        metric: float(np.median([one[metric] for one in measured]))
+        for metric in METRICS
+        if all(one.get(metric) is not None for one in measured)
+    }
+    rows = [{"users": users, **dataclasses.asdict(row)} for row in compare(typical, told, METRICS)]
+    predicted = shares(told, experts)
+    for name in experts:
+        real = float(np.median([shares(one, [name])[name] for one in measured]))
+        error = predicted[name] / real - 1 if real else float("nan")
+        rows.append(
+            {"users": users, "metric": f"share_{name}", "measured": real, "predicted": predicted[name],
+             "low": None, "high": None, "error": error, "inside": None}
+        )  # fmt: skip
+    return rows
+
+
+def _figures(
+    job: LiveConfig,
+    folder: Path,
+    rows: pd.DataFrame,
+    replays: dict[str, Any],
+    power: PowerLog,
+    elapsed_s: float,
+) -> dict[str, Any]:
+    """What the command prints: errors per load for the judged metrics, and how many bars are met."""
+    assert job.fleet is not None
+    cpu = all(expert.gpu == "cpu" for expert in job.fleet.experts.values())
+    bars = BARS_CPU if cpu else BARS_GPU
+    errors = {
+        metric: {
+            int(row.users): round(float(row.error), 4) for row in rows[rows["metric"] == metric].itertuples()
+        }
+        for metric in bars
+    }
+    judged = [abs(error) <= bars[metric] for metric, by_load in errors.items() for error in by_load.values()]
+    inside = rows["inside"].dropna()
+    return {
+        "command": "ersim-validate",
+        "fleet": job.fleet.name,
+        "folder": str(folder),
+        "users": list(job.users),
+        "errors": errors,
+        "mean_abs_error": {m: round(float(np.mean(np.abs(list(e.values())))), 4) for m, e in errors.items()},
+        "bars": dict(bars),
+        "bars_met": f"{sum(judged)}/{len(judged)}",
+        "inside_interval": f"{int(inside.astype(bool).sum())}/{len(inside)}",
+        "replay": replays,
+        "power": {"measured": bool(power.rows), "why": power.absent},
+        "seconds": round(elapsed_s, 1),
+    }
+
+
+def _draw_and_log(job: LiveConfig, folder: Path, rows: pd.DataFrame, figures: Mapping[str, Any]) -> None:
+    from experiments.live_figures import validation_figure
+
+    assert job.fleet is not None
+    validation_figure(rows, f"{job.fleet.name}: predicted and measured", folder / "validation.png")
+    if job.tracking.enabled is not False:
+        from experiments.live_tracking import log_validation
+
+        log_validation(job, folder, rows, figures)
+
+
+def table(rows: pd.DataFrame) -> str:
+    """The comparison as text: one line per load and metric."""
+    lines = [f"{'users':>5}  {'metric':<22}{'measured':>12}{'predicted':>12}{'error':>8}  in interval"]
+    for row in rows.itertuples():
+        inside = {True: "yes", False: "no"}.get(row.inside, "")
+        lines.append(
+            f"{row.users:>5}  {row.metric:<22}{row.measured:>12.2f}{row.predicted:>12.2f}"
+            f"{100 * row.error:>7.1f}%  {inside}"
+        )
+    return "\n".join(lines)
+
+
+@one_line_errors
+def _task(config: DictConfig) -> None:
+    figures = validate(to_live(config))
+    print(table(pd.read_csv(Path(figures["folder"]) / "validation.csv")))
+    print(to_json(figures, indent=None))
+
+
+def main() -> None:
+    """Run the command line in sys.argv."""
+    register()
+    run_command(
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="live/validate")(_task),
+        "ersim-validate",
+    )
+
+
+if __name__ == "__main__":
+    main()
