@@ -15,17 +15,9 @@ import pandas as pd
 from ersim.config import SimulationConfig, validate
 from ersim.engine import VLLM_VERSION
 from ersim.errors import SimulationError
+from ersim.figures import run_figures
 from ersim.prepare import Preparations
-from ersim.results import (
-    Gaps,
-    Window,
-    breakdown,
-    combine,
-    in_window,
-    mean_is_known,
-    steady_window,
-    summarise,
-)
+from ersim.results import Gaps, Window, combine, mean_is_known, steady_window
 from ersim.results.records import COMPLETED
 from ersim.steptime import ExpertModel
 from ersim.system import RunOutput, System
@@ -79,12 +71,13 @@ def simulate(config: SimulationConfig, preparations: Preparations | None = None)
     experts = [
         shared.expert(expert, f"fleet.experts.{name}") for name, expert in config.fleet.experts.items()
     ]
+    prompts = shared.prompt_set(config.workload.prompts).prompts
     summaries: list[dict[str, Any]] = []
     first: tuple[RunOutput, Window] | None = None
     while not _enough(config, summaries):
         output = replicate(config, shared, experts, len(summaries))
         window = measurement_window(output, config)
-        summaries.append(_figures(config, experts, output, window))
+        summaries.append(run_figures(config, experts, prompts, output, window))
         first = first or (output, window)
     assert first is not None
     output, window = first
@@ -169,87 +162,6 @@ def _enough(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) ->
     return len(summaries) >= wanted.max_replications or mean_is_known(
         summaries, wanted.precision, wanted.level
     )
-
-
-def _figures(
-    config: SimulationConfig, experts: Sequence[ExpertModel], output: RunOutput, window: Window
-) -> dict[str, Any]:
-    """All figures of one replication."""
-    objective = config.objective
-    figures = summarise(
-        output.requests,
-        output.gaps,
-        window,
-        ttft_objective_s=objective.ttft_s,
-        tpot_objective_s=objective.tpot_s,
-    )
-    figures.update(_cost(config, experts, figures))
-    per_expert = breakdown(output.requests, window, "expert")
-    for index, name in enumerate(config.fleet.experts):
-        block = per_expert.setdefault(name, {"completed": 0, "share": 0.0})
-        block.update(_occupancy(experts[index], output, index, window))
-    energy = _energy_joules(experts, per_expert, list(config.fleet.experts), window)
-    tokens = (figures["output_throughput"] or 0.0) * window.duration_s
-    figures["joules_per_output_token"] = energy / tokens if energy is not None and tokens else None
-    figures["load_imbalance"] = _imbalance(in_window(output.requests, window), config)
-    figures["problem"] = output.problem
-    figures["per_expert"] = per_expert
-    figures["per_domain"] = breakdown(output.requests, window, "domain")
-    return figures
-
-
-def _occupancy(expert: ExpertModel, output: RunOutput, index: int, window: Window) -> dict[str, float]:
-    """Busy share, batch size and KV use of an expert's replicas, averaged over them."""
-    logs = output.step_logs[index]
-    per_replica = [log.occupancy(window.start_s, window.end_s) for log in logs]
-    usable = max(1, expert.engine.kv_blocks - 1)
-    mean = {key: float(np.mean([row[key] for row in per_replica])) for key in per_replica[0]}
-    return {
-        "busy_share": mean["busy_share"],
-        "tokens_per_step": mean["tokens_per_step"],
-        "mean_kv_used_fraction": mean["mean_kv_blocks"] / usable,
-        "peak_kv_used_fraction": max(row["peak_kv_blocks"] for row in per_replica) / usable,
-    }
-
-
-def _cost(
-    config: SimulationConfig, experts: Sequence[ExpertModel], figures: Mapping[str, Any]
-) -> dict[str, Any]:
-    """GPUs, their price, and what a million output tokens cost at this load."""
-    counts = [expert.replicas for expert in config.fleet.experts.values()]
-    gpus = sum(model.gpus_per_replica * count for model, count in zip(experts, counts, strict=True))
-    prices = [model.usd_per_hour for model in experts]
-    if any(price is None for price in prices):
-        return {"gpus": gpus, "usd_per_hour": None, "usd_per_mtok_output": None}
-    usd_per_hour = sum(price * count for price, count in zip(prices, counts, strict=True) if price)
-    throughput = figures["output_throughput"]
-    per_mtok = usd_per_hour / 3600 / throughput * 1e6 if throughput else None
-    return {"gpus": gpus, "usd_per_hour": usd_per_hour, "usd_per_mtok_output": per_mtok}
-
-
-def _energy_joules(
-    experts: Sequence[ExpertModel],
-    per_expert: Mapping[str, Mapping[str, Any]],
-    names: Sequence[str],
-    window: Window,
-) -> float | None:
-    """Joules of the whole fleet in the window; None unless every calibration has a power model."""
-    total = 0.0
-    for name, expert in zip(names, experts, strict=True):
-        joules = expert.energy(per_expert[name]["busy_share"] * window.duration_s, window.duration_s)
-        if joules is None:
-            return None
-        total += joules
-    return total
-
-
-def _imbalance(inside: pd.DataFrame, config: SimulationConfig) -> float | None:
-    """Busiest expert's requests per replica over the mean; 1 is perfect balance."""
-    if not len(inside):
-        return None
-    counts = inside["expert"].value_counts()
-    per_replica = [counts.get(name, 0) / expert.replicas for name, expert in config.fleet.experts.items()]
-    return float(max(per_replica) / np.mean(per_replica))
 
 
 def _identities(config: SimulationConfig, experts: Sequence[ExpertModel]) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What came out of a run: records, windows, figures, intervals."""
 
+from ersim.results import quality
 from ersim.results.compare import VALIDATED, Comparison, Difference, compare, difference
 from ersim.results.intervals import combine, mean_is_known, prediction_interval
 from ersim.results.percentiles import latency_statistics, weighted_quantiles
@@ -28,6 +29,7 @@ __all__ = [
     "mean_is_known",
     "mser_cut",
     "prediction_interval",
+    "quality",
     "steady_window",
     "summarise",
     "weighted_quantiles",
