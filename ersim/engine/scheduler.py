@@ -387,7 +387,6 @@ class Scheduler(DecodeBulk):
                 tokens = threshold
             if tokens > budget:
                 if not self._chunked:
-                    self._block_on(request)
                     break
                 tokens = budget
             if running:
