@@ -115,7 +115,7 @@ def interpolation_error(terms: Sequence[Mapping[str, Any]]) -> float:
     """
     curves = [term for term in terms if term["kind"] == "tokens"]
     tokens = np.asarray(max((term["tokens"] for term in curves), key=len), dtype=float)
-    times = sum(curve(tokens, term["tokens"], term["time_us"]) for term in curves)
+    times = np.sum([curve(tokens, term["tokens"], term["time_us"]) for term in curves], axis=0)
     held = np.arange(1, len(tokens) - 1, 2)
     kept = np.setdiff1d(np.arange(len(tokens)), held)
     guess = np.interp(tokens[held], tokens[kept], times[kept])

@@ -67,7 +67,8 @@ class LayerProfile:
     def attention(self) -> pd.DataFrame:
         """One layer's attention by prefill_chunk, kv_prefill, n_decode, kv_decode (time_us)."""
         columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
-        return self._read("attention.csv", columns)
+        frame = self._read("attention.csv", columns)
+        return frame.assign(time_us=frame.time_us - GRAPH_SAVING_US)
 
     def skew(self, mixed: bool) -> float:
         """Alpha of uneven decode contexts: median over profiled batches of 8 to 128 rows.
@@ -83,12 +84,14 @@ class LayerProfile:
 def fit_mixed(attention: pd.DataFrame) -> tuple[dict[str, float], float]:
     """What decode rows add to a prefill step: seq_us, tile_us, token_us of one layer; and its error.
 
-    Non-negative least squares on relative error over all profiled mixed batches whose prefill alone
-    was profiled too. The error is the mean absolute one as a share of the batch's attention.
+    Non-negative least squares on relative error over the profiled mixed batches that servers run (8 to
+    128 rows of 128 to 4,096 tokens) whose prefill alone was profiled too. The error is the mean
+    absolute one as a share of the batch's attention.
     """
     alone = attention[attention.n_decode == 0].set_index(["prefill_chunk", "kv_prefill"]).time_us
     mixed = attention[(attention.prefill_chunk > 0) & (attention.n_decode > 0)]
-    mixed = mixed[(mixed.kv_decode <= 8192) & (mixed.kv_prefill <= 8192)]
+    mixed = mixed[mixed.kv_decode.between(128, 4096) & (mixed.kv_prefill <= 4096)]
+    mixed = mixed[mixed.n_decode.between(8, 128)]
     keys = list(zip(mixed.prefill_chunk, mixed.kv_prefill, strict=True))
     base = np.asarray([alone.get(key, np.nan) for key in keys])
     mixed, base = mixed[~np.isnan(base)], base[~np.isnan(base)]

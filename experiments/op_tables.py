@@ -372,12 +372,12 @@ def _decode_term(tables: OpTables, heads: int, kv_heads: int, layers: int) -> di
 def _flash_attention_2_mixed(gpu: GpuSpec, heads: int, kv_heads: int, layers: int) -> dict[str, float]:
     """Decode rows inside a prefill step under FlashAttention 2, from the RTX 4090 layer profile.
 
-    There (32 heads, 8 KV heads, 128 multiprocessors at 2.5 GHz) a row costs 0.84 us, 0.21 us for each
-    128 tokens of the chunk and 9.4 ns per token of context, which is 43 % of its bandwidth.
+    There (32 heads, 8 KV heads, 128 multiprocessors at 2.5 GHz) a row costs 1.04 us, 0.19 us for each
+    128 tokens of the chunk and 8.8 ns per token of context, which is 46 % of its bandwidth.
     """
     slower = (128 * 2.52) / (108 * 1.41) * heads / 32
-    token_s = 2 * kv_heads * 128 * 2 / (0.43 * gpu.bandwidth_bytes_s)
-    values = [0.84 * slower * layers, 0.21 * slower * layers, token_s * 1e6 * layers, 0.12]
+    token_s = 2 * kv_heads * 128 * 2 / (0.46 * gpu.bandwidth_bytes_s)
+    values = [1.04 * slower * layers, 0.19 * slower * layers, token_s * 1e6 * layers, 0.12]
     names = ("seq_us", "tile_us", "token_us", "skew")
     return {name: float(f"{value:.4g}") for name, value in zip(names, values, strict=True)}
 

@@ -66,8 +66,8 @@ def parameter(label: str, source: str, precision: str) -> str:
     """Which parameter corrects the term `label`; some differ by where the term was measured."""
     if label == "weights" and source == "tables" and precision in ("fp8", "int8"):
         return "weights fp8"
-    if label == "decode attention" and source == "profile":
-        return "decode attention profile"
+    if source == "profile" and label in ("decode attention", "host time not hidden"):
+        return f"{label} profile"
     return label
 
 

@@ -57,8 +57,16 @@ def read_table(path: Path) -> tuple[list[Batch], npt.NDArray[np.float64]]:
             raise DataError(
                 f"{path}: row {number}: prefills must be JSON pairs, got {row.prefills!r}"
             ) from error
-        numbers = (row.tokens, row.decode_seqs, row.decode_context_tokens, row.decode_context_max)
-        batches.append(Batch(*map(int, numbers), prefills, int(row.sampled_seqs)))
+        batches.append(
+            Batch(
+                int(row.tokens),
+                int(row.decode_seqs),
+                int(row.decode_context_tokens),
+                int(row.decode_context_max),
+                prefills,
+                int(row.sampled_seqs),
+            )
+        )
     return batches, frame["duration_s"].to_numpy(dtype=float)
 
 

@@ -83,15 +83,19 @@ def judged_expert(case: Case) -> ExpertModel:
 
 
 def predict(case: Case, replications: int) -> list[Comparison]:
-    """Simulate one case with drawn coefficients and compare every measured figure."""
+    """Simulate one case with drawn coefficients and compare every measured figure.
+
+    Draws come in pairs reflected at the mean, so that few of them do not shift the middle.
+    """
     expert = judged_expert(case)
     frontend = expert.calibration.frontend
-    groups = {group: [] for group in case.measured}
+    groups: dict[str, list[dict[str, float]]] = {group: [] for group in case.measured}
     for number in range(replications):
-        rng = np.random.default_rng([number, 5])
-        doubt = float(np.exp(rng.normal(0.0, FRONTEND_REL_STD)))
+        rng, mirrored = np.random.default_rng([number // 2, 5]), number % 2 == 1
+        step_time = expert.step_time(rng, mirrored)
+        doubt = float(np.exp(rng.normal(0.0, FRONTEND_REL_STD) * (-1 if mirrored else 1)))
         drawn = {name: value * doubt for name, value in frontend.items()}
-        requests = simulate_case(case, expert, expert.step_time(rng), drawn, seed=number)
+        requests = simulate_case(case, expert, step_time, drawn, seed=number)
         for group, found in groups.items():
             found.append(figures(requests, case, group))
     label = expert.calibration.name if expert.calibration.calibrated else "uncalibrated roofline"
@@ -197,7 +201,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=DEFAULT_RUNS, help="folder of runs, or one run's folder")
-    parser.add_argument("--replications", type=int, default=8, help="draws behind each interval (default 8)")
+    parser.add_argument(
+        "--replications", type=int, default=8, help="draws behind each interval (an even number)"
+    )
     options = parser.parse_args()
     try:
         cases = read_runs(options.runs)

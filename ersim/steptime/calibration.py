@@ -83,13 +83,16 @@ class Calibration:
         """SHA-256 (hex) of the content that decides times; equal calibrations, equal digest."""
         return hashlib.sha256(dumps(self).encode()).hexdigest()
 
-    def sample_theta(self, rng: np.random.Generator | None) -> FloatArray:
-        """One draw of the coefficients (none below zero), or their mean when `rng` is None."""
+    def sample_theta(self, rng: np.random.Generator | None, mirrored: bool = False) -> FloatArray:
+        """One draw of the coefficients (none below zero), or their mean when `rng` is None.
+
+        mirrored: the draw's reflection at the mean; a draw and its reflection average out first order.
+        """
         mean = np.asarray(self.theta)
         if rng is None:
             return mean
-        draw = rng.multivariate_normal(mean, np.asarray(self.covariance), method="eigh")
-        return np.maximum(draw, 0.0)
+        step = rng.multivariate_normal(np.zeros(len(mean)), np.asarray(self.covariance), method="eigh")
+        return np.maximum(mean - step if mirrored else mean + step, 0.0)
 
 
 def dumps(calibration: Calibration) -> str:

@@ -65,15 +65,15 @@ class ExpertModel:
         """Relative standard deviation of one step's residual (lognormal), 0 when unknown."""
         return self.calibration.residual_rel_std
 
-    def step_time(self, rng: np.random.Generator | None = None) -> PreparedStepTime:
-        """The mean step time, or one draw of the coefficients from their covariance."""
+    def step_time(self, rng: np.random.Generator | None = None, mirrored: bool = False) -> PreparedStepTime:
+        """The mean step time, or one draw of the coefficients from their covariance (or its reflection)."""
         factor = 1.0 if rng is None else float(np.exp(rng.normal(0.0, EXTRAPOLATION_STD)))
         graphs = self.calibration.engine.get("cudagraph_sizes")
         if graphs is None:
             graphs = [] if self.gpu is None else graph_sizes(self.engine.max_num_seqs)
         return PreparedStepTime(
             self.calibration,
-            self.calibration.sample_theta(rng),
+            self.calibration.sample_theta(rng, mirrored),
             max_tokens=self.engine.max_num_batched_tokens,
             max_seqs=self.engine.max_num_seqs,
             max_context=self.engine.max_model_len,

@@ -1,0 +1,151 @@
+"""Reading published runs: all three kinds, names of GPUs and models, defaults by release."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from ersim.errors import DataError
+from experiments.observe_runs import fold
+from experiments.published_runs import (
+    PooledUsers,
+    engine_settings,
+    gpu_name,
+    make_workload,
+    model_name,
+    precision_name,
+    read_runs,
+    request_count,
+    version,
+)
+from experiments.validate_published import Comparison, predict, report
+
+ROWS = """model,gpu,precision,isl,osl,concurrency,tp,ttft_ms,tpot_ms
+meta-llama/Llama-3.1-8B,h100_sxm,fp8,256,64,4,1,60,6.5
+"""
+STAGE_COLUMNS = (
+    *("exp_id", "model", "hardware", "tp", "precision", "vllm", "stage", "rate_rps", "duration_s"),
+    *("distinct_prompts", "system_prompt_tokens", "question_tokens", "output_tokens", "max_num_seqs"),
+    *("max_num_batched_tokens", "max_model_len", "gpu_mem_util", "gpu_kv_blocks_16tok", "e2e_mean_ms"),
+    *("ttft_mean_ms", "tpot_mean_derived_ms"),
+)
+STAGE = "3,meta-llama/Llama-3.1-8B-Instruct,A100-80GB,1,FP16/BF16,v0.15.1,{},2,20,5,100,400,32,128,2048,4096,0.9,,"
+STAGES = "\n".join(
+    [",".join(STAGE_COLUMNS), *(STAGE.format(stage) + "400,40,11.5" for stage in ("0", "all")), ""]
+)
+REQUESTS = """prompt_tokens,output_tokens,arrival_dataset_s,ttft_ms,tpot_ms,e2e_ms
+600,20,0.1,80,18,420
+300,30,0.2,90,18,610
+"""
+
+
+def _folder(tmp_path, name, run, file, text):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    (folder / file).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    closed = {"kind": "closed_loop_rows", "precision": "fp8", "tp": "per row", "engine": {"defaults": True}}
+    _folder(
+        tmp_path, "closed", closed | {"gpu": {"name": "NVIDIA H100"}, "model": "per row"}, "rows.csv", ROWS
+    )
+    staged = {"kind": "open_loop_stages", "vllm": "0.15.1", "gpu": {"name": "A100 80GB"}, "model": "per row"}
+    staged |= {"precision": "bf16", "tp": "per row", "engine": {"max_num_seqs": 128, "policy": "fcfs"}}
+    _folder(tmp_path, "staged", staged, "stages.csv", STAGES)
+    single = {
+        "kind": "per_request",
+        "vllm": "0.19.0",
+        "gpu": {"name": "RTX 4090"},
+        "precision": "bf16",
+        "tp": 1,
+    }
+    single |= {"model": "meta-llama/Llama-3.1-8B", "prefix_blocks": "blocks.json"}
+    single |= {"engine": {"num_gpu_blocks": 2588, "max_model_len": 4096, "max_num_seqs": 256}}
+    folder = _folder(tmp_path, "single", single, "requests.csv", REQUESTS)
+    (folder / "blocks.json").write_text(json.dumps([list(range(37)), list(range(18))]))
+    return tmp_path
+
+
+def test_all_kinds_are_read(runs):
+    closed, single, staged = read_runs(runs)
+    assert (closed.expert.gpu, closed.expert.precision, closed.users) == ("h100-80gb", "fp8", 4)
+    assert closed.expert.engine.kv_cache_dtype == "fp8" and "InferenceMAX" in closed.unrecorded
+    assert single.expert.engine.kv_blocks == 2588 and single.measured[""]["mean_e2el_ms"] == 515
+    assert staged.expert.engine.async_scheduling and staged.expert.engine.max_num_batched_tokens == 2048
+    assert set(staged.measured) == {"0", "all"}
+    assert [fold(case) for case in (closed, single, staged)] == ["tp1", "all", "all"]
+
+
+def test_every_kind_is_predicted_with_an_interval(runs):
+    rows = [row for case in read_runs(runs) for row in predict(case, replications=4)]
+    assert len(rows) == 2 + 5 + 2 * 3
+    assert all(0 < row.low < row.predicted < row.high for row in rows)
+    assert all(row.half_width <= 0.2501 for row in rows)
+    figures = report(rows, [], [])
+    assert len(figures["records"]) == len(rows) and {"measured", "error"} <= set(figures["records"][0])
+
+
+def test_workloads_match_their_description(runs):
+    closed, single, staged = read_runs(runs)
+    pooled = make_workload(closed, seed=1)
+    drawn = [pooled.next_request(user % 4) for user in range(request_count(closed, pooled))]
+    assert len(drawn) == 40
+    assert all(204 <= request.prompt_tokens <= 256 for request in drawn)
+    arrivals = list(make_workload(staged, seed=1).arrivals())
+    assert len({request.segments[1].content_id for request in arrivals}) <= 5
+    assert np.isclose(len(arrivals), 40, rtol=0.5)
+    assert [request.block_keys[-1] for request in make_workload(single, seed=0).arrivals()] == [36, 17]
+
+
+def test_an_empty_pool_leaves_users_idle():
+    users = PooledUsers(2, [10, 20, 30], [1, 2, 3])
+    assert [users.next_request(0).request_id, users.next_request(1).request_id] == [0, 1]
+    assert users.think_s(0) == 0.0
+    assert users.think_s(1) > 1e9
+
+
+def test_names_and_releases():
+    assert gpu_name("NVIDIA A100-SXM4-40GB", "x") == "a100-40gb"
+    assert gpu_name("NVIDIA RTX PRO 6000 Blackwell Server Edition", "x") == "rtxpro6000"
+    assert model_name("RedHatAI/Meta-Llama-3.1-70B-Instruct-FP8", "x") == "llama3.1-70b"
+    assert [precision_name(x) for x in ("FP16/BF16", "W8A8-int8", "AWQ", "fp8")] == [
+        "bf16",
+        "int8",
+        "int4",
+        "fp8",
+    ]
+    assert version("v0.15.1") == (0, 15, 1) and version("unrecorded (late 2025)") is None
+    assert engine_settings({}, (0, 11, 0))["async_scheduling"] is False
+    assert engine_settings({"max_num_seqs": "per row", "max_model_len": 4096}, None) == {
+        "max_model_len": 4096
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda run: run.update(kind="other"), "kind must be one of"),
+        (lambda run: run.update(gpu={"name": "TPU v9"}), "gpu 'TPU v9' is not known"),
+        (lambda run: run.update(model="acme/NeverHeard-9B"), "model 'acme/NeverHeard-9B' is not known"),
+        (lambda run: run.update(requests="absent.csv"), "absent.csv is missing"),
+    ],
+)
+def test_bad_runs_are_explained(runs, change, match):
+    path = runs / "single" / "run.yaml"
+    data = yaml.safe_load(path.read_text())
+    change(data)
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(DataError, match=match):
+        read_runs(runs)
+
+
+def test_a_measurement_outside_is_said():
+    row = Comparison("r", "x", "", "mean_ttft_ms", 10.0, 12.0, 11.0, 13.0, "c", "")
+    assert not row.inside and row.error == pytest.approx(0.2)
