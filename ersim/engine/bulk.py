@@ -149,14 +149,11 @@ class DecodeBulk:
     def _longest_context(self, k: int) -> int:
         """The largest context of a bulk row before step k."""
         longest = self._longest
-        while not self._is_current(longest[0]):
+        while True:
+            negative_offset, _, request = longest[0]
+            if request.state == DECODING and request.offset == -negative_offset:
+                return k - negative_offset
             heapq.heappop(longest)
-        return k - longest[0][0]
 
     def _is_current(self, entry: tuple[int, int, EngineRequest]) -> bool:
-        negative_offset, admission, request = entry
-        return (
-            request.state == DECODING
-            and request.offset == -negative_offset
-            and request.admission == admission
-        )
+        return entry[2].state == DECODING and entry[2].offset == -entry[0]

@@ -188,7 +188,10 @@ class Engine(Scheduler):
             for request in self._running
             if request.state == DECODING and request.joined < step.index
         }
-        rows.update(self._given)
+        rows.update(self._given or ())
+        admitted = self._admitted or ()
+        chunks = step.batch.prefills[len(step.batch.prefills) - len(admitted) :]
+        rows.update(zip(admitted, [tokens for tokens, _ in chunks], strict=True))
         return list(rows.items())
 
     def running_requests(self) -> list[EngineRequest]:

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ersim.errors import bad_value
+
 if TYPE_CHECKING:
     from ersim.engine.request import EngineRequest
 
@@ -172,6 +174,9 @@ class BlockPool:
                     path.append((node, start // size, (start + tokens) // size))
                     start += tokens
                     used = tokens
+            if start != request.prompt_tokens:
+                must = f"as long as the prompt ({request.prompt_tokens} tokens)"
+                raise bad_value("request.segments", must, start)
             if request.output_content_id is not None:
                 node = self._child(node, (used, request.output_content_id))
                 path.append((node, start // size, FAR))
@@ -300,36 +305,44 @@ class BlockPool:
             if block == goal:
                 break
 
-    def release(self, request: EngineRequest, allocated_tokens: int, hashed_tokens: int, gone: bool) -> None:
-        """Free a request's blocks; `gone` when it will never look its own content up again."""
-        size = self.block_size
-        total = -(-allocated_tokens // size)
+    def release_private(self, allocated_tokens: int, hashed_tokens: int) -> None:
+        """Free the blocks of a request that is gone and had nothing that others could find."""
+        total = -(-allocated_tokens // self.block_size)
         if not self.caching:
             self.free += total
             self.unhashed += total
             return
-        full = hashed_tokens // size
+        full = hashed_tokens // self.block_size
         self.free += total - full
         self.unhashed += total - full
+        if full:
+            self._append_dead(full)
+
+    def release(self, request: EngineRequest, allocated_tokens: int, hashed_tokens: int, gone: bool) -> None:
+        """Free a request's blocks; `gone` when it will never look its own content up again."""
         path = request.path
-        if not gone:
-            if path is None:
-                request.path = []
-                request.held = []
-                request.tail = None
-                request.hashed_blocks = 0
-            self.cache(request, hashed_tokens)
-            self._let_go(request)
-        elif not path:
-            if full:
-                self._append_dead(full)
-        else:
+        if not self.caching or (gone and not path):
+            self.release_private(allocated_tokens, hashed_tokens)
+            return
+        size = self.block_size
+        full = hashed_tokens // size
+        rest = -(-allocated_tokens // size) - full
+        self.free += rest
+        self.unhashed += rest
+        if gone:
+            assert path
             end = path[-1][2]
             if full > end:
                 self._append_dead(full - end)
                 full = end
-            self.cache(request, full * size)
-            self._let_go(request)
+        elif path is None:
+            request.path = []
+            request.held = []
+            request.tail = None
+            request.hashed_blocks = 0
+        self.cache(request, full * size)
+        self._let_go(request)
+        if gone:
             self.leave(request)
 
     def _let_go(self, request: EngineRequest) -> None:

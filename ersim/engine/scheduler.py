@@ -61,7 +61,8 @@ class Scheduler(DecodeBulk):
         self._blocked: EngineRequest | None = None
         self._blocked_free = 0
         self._blocked_decodes = 0
-        self._given: list[Row] = []
+        self._given: list[Row] | None = None
+        self._admitted: list[EngineRequest] | None = None
 
     # ---- requests come and go -------------------------------------------------------------------
 
@@ -106,11 +107,6 @@ class Scheduler(DecodeBulk):
 
     def _resolve(self, request: EngineRequest) -> None:
         """Find the request's place in the content trie; whoever writes there is walked from now on."""
-        if request.block_keys is None:
-            total = sum([segment.tokens for segment in request.segments or ()])
-            if total != request.prompt_tokens:
-                must = f"as long as the prompt ({request.prompt_tokens} tokens)"
-                raise bad_value("request.segments", must, total)
         self.pool.resolve(request)
         for node, _, _ in request.path or ():
             if node.writer is not None:
@@ -161,7 +157,7 @@ class Scheduler(DecodeBulk):
         if self._async and k - 1 in self._endings:
             wasted = self._set_ghosts_aside(k - 1)
         need = len(self._phases[k % self._size])
-        given: list[Row] = []
+        given: list[Row] | None = None
         preempted: Sequence[EngineRequest] = NOBODY
         if self._walked or need > pool.free or (self._async and self._decodes and not self._flight):
             given, preempted = self._schedule_running(k)
@@ -172,43 +168,24 @@ class Scheduler(DecodeBulk):
             pool.unhashed -= need
             if pool.unhashed < 0:
                 pool.evict()
-        decodes = tokens = self._decodes
-        context = self._offsets + k * decodes
-        admitted: list[EngineRequest] | None = None
-        old_rows = len(given)
-        if self._queue and not preempted and len(self._running) < self._max_seqs:
-            for _, count in given:
-                tokens += count
-            admitted = self._admit(self._max_tokens - tokens, given)
-        self._given = given
-        if not decodes and not given:
-            step = Step(-1, Batch(0, 0, 0, 0, (), 0), 0)
-            step.preempted = preempted
-            return step
-        longest = 0
-        if decodes:
-            negative_offset, _, request = self._longest[0]
-            if request.state == DECODING and request.offset == -negative_offset:
-                longest = k - negative_offset
-            else:
-                longest = self._longest_context(k)
-        step = Step(k, Batch(decodes, decodes, context, longest, (), decodes), decodes - wasted)
+        decodes = self._decodes
+        longest = self._longest_context(k) if decodes else 0
+        batch = Batch(decodes, decodes, self._offsets + k * decodes, longest, (), decodes)
+        step = Step(k, batch, decodes - wasted)
         self._scheduled_steps = k + 1
-        self._flight.append(step)
+        self._given, self._admitted = given, None
         if given:
-            self._account(step, given, old_rows)
-            if admitted:
-                self._tell_admitted(step, admitted)
+            self._account(step, given)
+        if self._queue and len(self._running) < self._max_seqs and not preempted:
+            self._admit(step)
         if preempted:
             step.preempted = preempted
+        if batch.tokens:
+            self._flight.append(step)
+        else:
+            self._scheduled_steps = k
+            step.index = -1
         return step
-
-    def _tell_admitted(self, step: Step, admitted: list[EngineRequest]) -> None:
-        resumed = [request for request in admitted if request.preemptions]
-        if resumed:
-            step.resumed = resumed
-            admitted = [request for request in admitted if not request.preemptions]
-        step.admitted = admitted
 
     def _schedule_running(self, k: int) -> tuple[list[Row], Sequence[EngineRequest]]:
         """Phase one when it needs a look: walked rows, too little budget, or too few blocks.
@@ -365,14 +342,17 @@ class Scheduler(DecodeBulk):
 
     # ---- schedule: the queue --------------------------------------------------------------------
 
-    def _admit(self, budget: int, given: list[Row]) -> list[EngineRequest] | None:
+    def _admit(self, step: Step) -> None:
         """Phase two: take requests from the queue's head into the batch."""
         pool, queue, running, size = self.pool, self._queue, self._running, self._size
         request = queue.head()
         if request is self._blocked and not self._may_unblock():
-            return None
+            return
         threshold = self._threshold()
+        batch = step.batch
+        budget = self._max_tokens - batch.tokens
         admitted: list[EngineRequest] = []
+        chunks: list[tuple[int, int]] = []
         while budget > 0:
             known = request.prompt_tokens + request.generated
             available = pool.free
@@ -408,17 +388,54 @@ class Scheduler(DecodeBulk):
             running[request] = None
             request.admission = self._admissions
             self._admissions += 1
-            request.computed = request.hashed_tokens = computed
-            request.prefilling = True
-            request.state = WALKED
-            self._note_hashed(request, tokens)
-            given.append((request, tokens))
+            chunks.append((tokens, computed))
             admitted.append(request)
             budget -= tokens
+            computed += tokens
+            request.computed = request.hashed_tokens = computed
+            if request.path:
+                pool.cache(request, computed)
+            if computed < known:
+                request.state = WALKED
+                request.prefilling = True
+                self._walked.append(request)
+            else:
+                self._emit_first(step, request)
             if not queue or len(running) >= self._max_seqs:
                 break
             request = queue.head()
-        return admitted
+        if admitted:
+            batch.tokens = self._max_tokens - budget
+            batch.prefills = [*batch.prefills, *chunks] if batch.prefills else chunks
+            self._tell_admitted(step, admitted)
+
+    def _emit_first(self, step: Step, request: EngineRequest) -> None:
+        """A request was admitted and prefilled in one step: it emits, and decodes from the next step on."""
+        step.batch.sampled_seqs += 1
+        step.tokens_out += 1
+        if not request.generated:
+            if step.first:
+                step.first.append(request)  # type: ignore[attr-defined]
+            else:
+                step.first = [request]
+        if request.answer is None or request.answer.users == 1:
+            self._join_bulk(request, step.index)
+            return
+        request.state = WALKED
+        request.prefilling = False
+        request.placeholders = int(self._async)
+        self._walked.append(request)
+        if step.rows is None:
+            step.rows = []
+        step.rows.append(request)
+
+    def _tell_admitted(self, step: Step, admitted: list[EngineRequest]) -> None:
+        self._admitted = step.admitted = admitted
+        for request in admitted:
+            if request.preemptions:
+                step.resumed = [request for request in admitted if request.preemptions]
+                step.admitted = [request for request in admitted if not request.preemptions]
+                break
 
     def _block_on(self, request: EngineRequest) -> None:
         """Remember why the head did not get in."""
@@ -436,20 +453,16 @@ class Scheduler(DecodeBulk):
             self.pool.free > self._blocked_free
             or self._decodes != self._blocked_decodes
             or bool(self._walked)
+            or bool(self._given)
         )
 
-    def _account(self, step: Step, given: list[Row], old_rows: int) -> None:
-        """Advance the walked rows of a step, and let those that decode from now on run by themselves.
-
-        The first `old_rows` were walked before, the others were just admitted.
-        """
+    def _account(self, step: Step, given: list[Row]) -> None:
+        """Advance the walked rows of a step, and let those that decode from now on run by themselves."""
         batch = step.batch
-        prefills: list[Row | tuple[int, int]] = []
+        prefills: list[tuple[int, int]] = []
         first: list[EngineRequest] = []
         joined = False
-        index = 0
         for request, tokens in given:
-            index += 1
             computed, in_flight = request.computed, request.placeholders
             batch.tokens += tokens
             if request.prefilling:
@@ -462,8 +475,6 @@ class Scheduler(DecodeBulk):
             request.computed = computed = computed + tokens
             expected = request.generated + in_flight
             if computed < request.prompt_tokens + expected:
-                if index > old_rows:
-                    self._walked.append(request)
                 continue
             request.prefilling = False
             batch.sampled_seqs += 1
@@ -473,22 +484,19 @@ class Scheduler(DecodeBulk):
                 step.tokens_out += 1
                 if request.answer is None or request.answer.users == 1:
                     if in_flight:
-                        self._flight[-2].rows.remove(request)  # type: ignore[union-attr]
+                        self._flight[-1].rows.remove(request)  # type: ignore[union-attr]
                     self._join_bulk(request, step.index - in_flight)
                     joined = True
                     continue
                 if step.rows is None:
                     step.rows = []
                 step.rows.append(request)
-            if index > old_rows:
-                self._walked.append(request)
             if self._async:
                 request.placeholders = in_flight + 1
-        if prefills:
-            batch.prefills = prefills  # type: ignore[assignment]
+        batch.prefills = prefills
         if first:
             step.first = first
-        if joined and old_rows:
+        if joined:
             self._walked = [request for request in self._walked if request.state == WALKED]
 
     # ---- update ---------------------------------------------------------------------------------
@@ -546,7 +554,10 @@ class Scheduler(DecodeBulk):
                 self._walked.remove(request)
             del self._running[request]
             hashed = request.prompt_tokens + request.length - 1
-            self.pool.release(request, request.computed, hashed, gone=True)
+            if request.path is None:
+                self.pool.release_private(request.computed, hashed)
+            else:
+                self.pool.release(request, request.computed, hashed, gone=True)
         request.generated = request.length
         request.finish_reason = request.stop
         request.state = FINISHED
