@@ -32,7 +32,7 @@ STAGE_COLUMNS = (
     *("max_num_batched_tokens", "max_model_len", "gpu_mem_util", "gpu_kv_blocks_16tok", "e2e_mean_ms"),
     *("ttft_mean_ms", "tpot_mean_derived_ms"),
 )
-STAGE = "3,meta-llama/Llama-3.1-8B-Instruct,A100-80GB,1,FP16/BF16,v0.15.1,{},2,20,5,100,400,32,128,2048,4096,0.9,,"
+STAGE = "3,meta-llama/Llama-3.1-8B,A100-80GB,1,FP16/BF16,v0.15.1,{},2,20,5,100,400,32,128,2048,4096,0.9,,"
 STAGES = "\n".join(
     [",".join(STAGE_COLUMNS), *(STAGE.format(stage) + "400,40,11.5" for stage in ("0", "all")), ""]
 )
