@@ -70,7 +70,7 @@ def _fit(router: RouterConfig, states: Sequence[ExpertState], prompts: PromptSet
     policy = build_policy(router, states, training, seed)
     if policy.sees_asked:  # the oracle alone
         policy.reveal(prompts.prompts)
-    asked = ask if len(ask) else range(len(prompts.prompts))
+    asked = [int(index) for index in ask] or list(range(len(prompts.prompts)))
     return Routing(policy, asked, static_decisions(policy, prompts.prompts, FleetState(states)))
 
 

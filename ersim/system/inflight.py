@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ersim.engine import EngineRequest
 from ersim.types import Request
 
@@ -29,6 +31,8 @@ class InFlight(EngineRequest):
         )
         self.request = request
         self.send_s = send_s
+        self.decided_s = send_s
+        self.submit_s = math.nan
         self.expert = -1
         self.replica = -1
         self.first_s = -1.0

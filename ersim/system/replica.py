@@ -11,7 +11,8 @@ give the same bytes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +109,7 @@ class Replica:
 
     def _insert(self, flight: InFlight, at_s: float) -> None:
         """Keep the inbox ordered by arrival when front-end delays differ."""
-        later = deque()
+        later: deque[InFlight] = deque()
         while self._inbox and self._inbox[-1].submit_s > at_s:
             later.appendleft(self._inbox.pop())
         self._inbox.append(flight)
@@ -189,12 +190,13 @@ class Replica:
         now = self._clock_s = self._step_end_s
         engine = self._engine
         step = engine.complete()
-        for flight in step.first:
+        # the engine hands back the objects it was given
+        for flight in cast("Sequence[InFlight]", step.first):
             flight.first_s = now
         self.log.add(
             now, self._step_length_s, step.tokens_out - len(step.first), step.tokens_out, engine.blocks_used
         )
-        for flight in step.finished:
+        for flight in cast("Sequence[InFlight]", step.finished):
             del self._live[flight.request_id]
             self._finished(flight, now)
         self._begin()

@@ -217,7 +217,6 @@ class System:
         self._end_badly(flight, _REJECTED, time_s + self._return_s, why)
 
     def _turned_away(self, flight: InFlight, why: str) -> None:
-        flight.submit_s = float("nan")
         self._end_badly(flight, _REJECTED, self.env.now + self._config.gateway.network_s, why)
 
     def _end_badly(self, flight: InFlight, status: int, client_s: float, why: str) -> None:
@@ -252,7 +251,7 @@ class System:
         problem: str | None = None
         limit_s = self._config.workload.max_duration_s
         if limit_s is not None:
-            Call(self.env, limit_s, lambda event: None if self._stop.triggered else self._stop.succeed())
+            Call(self.env, limit_s, self._time_is_up)
         try:
             self._run_until_stopped()
         except LivelockError as error:
@@ -269,6 +268,10 @@ class System:
         return RunOutput(
             frame, Gaps.concatenate(parts), logs, self.counts(), end_s, steps, next(self.env._eid), problem
         )
+
+    def _time_is_up(self, event: Event) -> None:
+        if not self._stop.triggered:
+            self._stop.succeed()
 
     def _run_until_stopped(self) -> None:
         """Process events until the stop event or, for arrivals that end, until nothing is left."""
