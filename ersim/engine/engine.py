@@ -114,7 +114,7 @@ class Engine(Scheduler):
             return 0
         if self._flight:
             step = self._flight[0]
-            if step.tokens_out != decodes or step.batch.decode_seqs != decodes or step.rows or step.first:
+            if step.tokens_out != decodes or step.decode_seqs != decodes or step.rows or step.first:
                 return 0
         if (
             self._queue
@@ -172,10 +172,10 @@ class Engine(Scheduler):
         self._scheduled_steps = k + steps
         self._updated_steps += steps
         if self._flight:
-            old = self._flight[0].batch
+            old = self._flight[0]
             context = old.decode_context_tokens + steps * decodes
-            batch = Batch(decodes, decodes, context, old.decode_context_max + steps, (), decodes)
-            self._flight[0] = Step(k + steps - 1, batch, decodes)
+            longest = old.decode_context_max + steps
+            self._flight[0] = Step(k + steps - 1, decodes, context, longest, decodes)
 
     # ---- for comparison with another engine -----------------------------------------------------
 
@@ -190,7 +190,7 @@ class Engine(Scheduler):
         }
         rows.update(self._given or ())
         admitted = self._admitted or ()
-        chunks = step.batch.prefills[len(step.batch.prefills) - len(admitted) :]
+        chunks = step.prefills[len(step.prefills) - len(admitted) :]
         rows.update(zip(admitted, [tokens for tokens, _ in chunks], strict=True))
         return list(rows.items())
 

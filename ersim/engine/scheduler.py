@@ -36,7 +36,6 @@ from ersim.engine.request import (
 )
 from ersim.engine.step import NOBODY, Step
 from ersim.errors import bad_value
-from ersim.types import Batch
 
 Row = tuple[EngineRequest, int]
 """A walked row and the tokens that it is given in a step."""
@@ -170,8 +169,7 @@ class Scheduler(DecodeBulk):
                 pool.evict()
         decodes = self._decodes
         longest = self._longest_context(k) if decodes else 0
-        batch = Batch(decodes, decodes, self._offsets + k * decodes, longest, (), decodes)
-        step = Step(k, batch, decodes - wasted)
+        step = Step(k, decodes, self._offsets + k * decodes, longest, decodes - wasted)
         self._scheduled_steps = k + 1
         self._given, self._admitted = given, None
         if given:
@@ -180,7 +178,7 @@ class Scheduler(DecodeBulk):
             self._admit(step)
         if preempted:
             step.preempted = preempted
-        if batch.tokens:
+        if step.tokens:
             self._flight.append(step)
         else:
             self._scheduled_steps = k
@@ -349,8 +347,7 @@ class Scheduler(DecodeBulk):
         if request is self._blocked and not self._may_unblock():
             return
         threshold = self._threshold()
-        batch = step.batch
-        budget = self._max_tokens - batch.tokens
+        budget = self._max_tokens - step.tokens
         admitted: list[EngineRequest] = []
         chunks: list[tuple[int, int]] = []
         while budget > 0:
@@ -405,13 +402,13 @@ class Scheduler(DecodeBulk):
                 break
             request = queue.head()
         if admitted:
-            batch.tokens = self._max_tokens - budget
-            batch.prefills = [*batch.prefills, *chunks] if batch.prefills else chunks
+            step.tokens = self._max_tokens - budget
+            step.prefills = [*step.prefills, *chunks] if step.prefills else chunks
             self._tell_admitted(step, admitted)
 
     def _emit_first(self, step: Step, request: EngineRequest) -> None:
         """A request was admitted and prefilled in one step: it emits, and decodes from the next step on."""
-        step.batch.sampled_seqs += 1
+        step.sampled_seqs += 1
         step.tokens_out += 1
         if not request.generated:
             if step.first:
@@ -458,26 +455,25 @@ class Scheduler(DecodeBulk):
 
     def _account(self, step: Step, given: list[Row]) -> None:
         """Advance the walked rows of a step, and let those that decode from now on run by themselves."""
-        batch = step.batch
         prefills: list[tuple[int, int]] = []
         first: list[EngineRequest] = []
         joined = False
         for request, tokens in given:
             computed, in_flight = request.computed, request.placeholders
-            batch.tokens += tokens
+            step.tokens += tokens
             if request.prefilling:
                 prefills.append((tokens, computed))
             else:
-                batch.decode_seqs += 1
-                batch.decode_context_tokens += computed
-                if computed > batch.decode_context_max:
-                    batch.decode_context_max = computed
+                step.decode_seqs += 1
+                step.decode_context_tokens += computed
+                if computed > step.decode_context_max:
+                    step.decode_context_max = computed
             request.computed = computed = computed + tokens
             expected = request.generated + in_flight
             if computed < request.prompt_tokens + expected:
                 continue
             request.prefilling = False
-            batch.sampled_seqs += 1
+            step.sampled_seqs += 1
             if not expected:
                 first.append(request)
             if expected < request.length:
@@ -493,7 +489,7 @@ class Scheduler(DecodeBulk):
                 step.rows.append(request)
             if self._async:
                 request.placeholders = in_flight + 1
-        batch.prefills = prefills
+        step.prefills = prefills
         if first:
             step.first = first
         if joined:

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 NOBODY: tuple[EngineRequest, ...] = ()
 """Shared by all steps in which nothing happened to anybody."""
 
+NO_CHUNKS: tuple[tuple[int, int], ...] = ()
+"""Shared by all steps without a prefill."""
 
-class Step:
+
+class Step(Batch):
     """The decision of one `schedule` call and, after its `update`, the outcome.
 
+    A step is the batch that it runs (`batch` is the step itself: one object per step, not two).
     index: counts steps that run something; -1 marks a step that runs nothing.
-    batch: what a step-time model needs.
     admitted, resumed: requests that joined the batch in this step (resumed: after a preemption).
     preempted: requests that lost their KV blocks so that this step could be scheduled.
     first: requests that emit their very first token when this step ends.
@@ -37,7 +40,15 @@ class Step:
     finished: Sequence[EngineRequest] = NOBODY
     rows: list[EngineRequest] | None = None
 
-    def __init__(self, index: int, batch: Batch, tokens_out: int) -> None:
+    def __init__(self, index: int, decodes: int, context_tokens: int, longest: int, tokens_out: int) -> None:
         self.index = index
-        self.batch = batch
+        self.tokens = self.decode_seqs = self.sampled_seqs = decodes
+        self.decode_context_tokens = context_tokens
+        self.decode_context_max = longest
+        self.prefills = NO_CHUNKS
         self.tokens_out = tokens_out
+
+    @property
+    def batch(self) -> Batch:
+        """What a step-time model needs."""
+        return self

@@ -14,7 +14,6 @@ from typing import Any
 
 from ersim.engine import EngineConfig, EngineRequest, RejectedRequest
 from ersim.engine.step import Step
-from ersim.types import Batch
 from testbed.oracle.cases import RequestSpec
 
 Key = int
@@ -372,10 +371,9 @@ class ReferenceEngine:
                     first.append(row)
                 if self.config.async_scheduling:
                     row.placeholders += 1
-        batch = Batch(
-            sum(scheduled.values()), len(contexts), sum(contexts), max(contexts, default=0), prefills, sampled
-        )
-        step = Step(self.steps if scheduled else -1, batch, 0)
+        index = self.steps if scheduled else -1
+        step = Step(index, len(contexts), sum(contexts), max(contexts, default=0), 0)
+        step.tokens, step.prefills, step.sampled_seqs = sum(scheduled.values()), prefills, sampled
         self.steps += bool(scheduled)
         step.admitted = [row.request for row in admitted]
         step.resumed = [row.request for row in resumed]
