@@ -4,7 +4,7 @@ A calibration is a list of terms (see `ersim.steptime.terms`), each worth ``thet
 seconds, with the covariance of theta and the relative spread of a single step around their sum:
 
     step = max(sum of gpu terms, sum of host terms) + sum of exposed terms     (asynchronous scheduling)
-    step = sum of all terms                                                    (synchronous)
+    step = sum of gpu, half of host and exposed terms                          (synchronous)
 
 The file is JSON, versioned and checked on load: a bad one raises DataError naming file, field, fix.
 """

@@ -14,13 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ersim.steptime.calibration import Calibration
-from ersim.steptime.terms import curve, segment
+from ersim.steptime.terms import curve, curve_rows, segment
 from ersim.types import Batch
 
 FloatArray = npt.NDArray[np.float64]
 FP8_KV_SCALE = (
     0.65  # fp8 against 16-bit KV reading time where only 16 bits were measured (H100 and H200 tables)
 )
+# Without asynchronous scheduling the GPU idles while the host schedules and handles outputs; what it
+# spends on preparing inputs and launching still overlaps. About 1.2 ms a step were visible on H100s.
+SYNCHRONOUS_HOST_SHARE = 0.5
 EXTRAPOLATION_STD = 0.20  # spread (log) of what lies beyond a calibration's range, drawn once per sample
 SCALAR_FEATURES = ("step", "mixed_step", "prefill_rows")
 CONTEXT_FEATURES = ("decode_context_tokens", "decode_skew_tokens", "prefill_pairs", "prefill_context_tokens")
@@ -58,7 +61,7 @@ class PreparedStepTime:
         "_context_grid",
         "_decode",
         "_decode_context_s",
-        "_decode_rows",
+        "_grid",
         "_has_host",
         "_has_mixed",
         "_host_decode",
@@ -74,14 +77,17 @@ class PreparedStepTime:
         "_mixed_tile",
         "_mixed_token",
         "_pairs_s",
-        "_prefill_context_grid",
         "_prefill_context_s",
         "_prefill_row",
+        "_prefix_grid",
+        "_rows",
         "_sampled",
         "_shared",
         "_skew",
         "_skew_tokens_s",
+        "_slopes",
         "_tokens",
+        "_values",
         "beyond",
     )
 
@@ -103,8 +109,10 @@ class PreparedStepTime:
         self._max_tokens = int(valid.get("tokens", (0, max_tokens))[1])
         self._max_context = float(valid.get("context_tokens", (0, max_context))[1])
         terms = list(zip(calibration.terms, theta.tolist(), strict=True))
-        gpu = [(t, c) for t, c in terms if t["side"] == "gpu" or (t["side"] == "host" and not asynchronous)]
-        host = [(t, c) for t, c in terms if t["side"] == "host"] if asynchronous else []
+        gpu = [(t, c) for t, c in terms if t["side"] == "gpu"]
+        host = [(t, c) for t, c in terms if t["side"] == "host"]
+        if not asynchronous:
+            gpu, host = gpu + [(t, SYNCHRONOUS_HOST_SHARE * c) for t, c in host], []
         exposed = [(t, c) for t, c in terms if t["side"] == "exposed"]
         self._has_host = bool(host)
         sizes = (max_tokens, max_seqs, graphs, self._max_tokens, beyond_factor)
@@ -124,38 +132,43 @@ class PreparedStepTime:
         self._skew_tokens_s = weights["decode_skew_tokens"] * kv_scale
         self._pairs_s = weights["prefill_pairs"]
         self._prefill_context_s = weights["prefill_context_tokens"]
-        self._prepare_decode(gpu, max_seqs, max_context, fp8_kv, beyond_factor)
+        self._prepare_decode(gpu, max_seqs, fp8_kv, beyond_factor)
         self._prepare_mixed(gpu, kv_scale)
-        self._prepare_prefill(gpu, max_context)
+        self._prepare_prefill(gpu)
 
     def _prepare_decode(
-        self,
-        terms: list[tuple[Mapping[str, Any], float]],
-        max_seqs: int,
-        max_context: int,
-        fp8_kv: bool,
-        factor: float,
+        self, terms: list[tuple[Mapping[str, Any], float]], max_seqs: int, fp8_kv: bool, factor: float
     ) -> None:
+        """Values and slopes of decode attention by rows (first axis) from each context of the grid on."""
         tables = [(t, c) for t, c in terms if t["kind"] == "decode_attention"]
         self._context_grid: list[float] = []
-        self._decode_rows: list[list[float]] = []
+        self._rows: list[tuple[list[float], list[float]] | None] = [None] * (max_seqs + 1)
         self._skew = 0.0
         if not tables:
             return
-        inner = np.unique(np.concatenate([np.asarray(t["context_tokens"], float) for t, _ in tables]))
-        grid = np.append(inner, max(float(max_context), 2 * inner[-1]))
         seqs = np.arange(max_seqs + 1, dtype=float)
-        total = np.zeros((len(seqs), len(grid)))
+        grid = np.unique(
+            np.concatenate([[0.0], *(np.asarray(t["context_tokens"], float) for t, _ in tables)])
+        )
+        total, beyond = np.zeros((len(seqs), len(grid))), np.zeros(len(seqs))
         for term, coefficient in tables:
-            values = np.asarray(_decode_table(term, fp8_kv), float) * 1e-6
-            wide = np.stack([curve(grid, term["context_tokens"], row) for row in values])
-            last = wide[:, -2:-1]
-            wide[:, -1:] = last + (wide[:, -1:] - last) * factor
-            total += coefficient * np.stack(
-                [curve(seqs, term["sequences"], column) for column in wide.T], axis=1
-            )
+            values = np.asarray(_decode_table(term, fp8_kv), float) * 1e-6 * coefficient
+            contexts = np.asarray(term["context_tokens"], float)
+            wide = curve_rows(grid, contexts, values.T).T
+            total += curve_rows(seqs, np.asarray(term["sequences"], float), wide)
+            last = (values[:, -1] - values[:, -2]) / (contexts[-1] - contexts[-2])
+            beyond += curve_rows(seqs, np.asarray(term["sequences"], float), last[:, None])[:, 0]
+        slopes = np.empty_like(total)
+        slopes[:, :-1] = np.diff(total, axis=1) / np.diff(grid)
+        slopes[:, -1] = beyond * factor
         self._skew = float(np.mean([t["skew"] for t, _ in tables]))
-        self._context_grid, self._decode_rows = grid.tolist(), total.tolist()
+        self._context_grid, self._grid = grid.tolist(), grid
+        self._values, self._slopes = total, slopes
+
+    def _row(self, rows: int) -> tuple[list[float], list[float]]:
+        """One row of the table as plain lists, made when first asked for."""
+        made = self._rows[rows] = (self._values[rows].tolist(), self._slopes[rows].tolist())
+        return made
 
     def _prepare_mixed(self, terms: list[tuple[Mapping[str, Any], float]], kv_scale: float) -> None:
         self._mixed_seq = self._mixed_tile = self._mixed_token = self._mixed_skew = 0.0
@@ -169,23 +182,23 @@ class PreparedStepTime:
                 self._mixed_token += coefficient * mixed["token_us"] * 1e-6 * kv_scale
                 self._mixed_skew = mixed["skew"]
 
-    def _prepare_prefill(self, terms: list[tuple[Mapping[str, Any], float]], max_context: int) -> None:
+    def _prepare_prefill(self, terms: list[tuple[Mapping[str, Any], float]]) -> None:
+        """Prefill attention by chunk (first axis) and prefix; bilinear, continued beyond both grids."""
         tables = [(t, c) for t, c in terms if t["kind"] == "prefill_attention"]
         self._chunk_grid: list[float] = []
-        self._prefill_context_grid: list[float] = []
+        self._prefix_grid: list[float] = []
         self._chunk_rows: list[list[float]] = []
         self._shared = sum(c * t["shared_us"] * 1e-6 for t, c in tables)
         if not tables:
             return
         chunks = np.unique(np.concatenate([np.asarray(t["chunk_tokens"], float) for t, _ in tables]))
-        contexts = np.unique(np.concatenate([np.asarray(t["context_tokens"], float) for t, _ in tables]))
-        contexts = np.append(contexts, max(float(max_context), 2 * contexts[-1]))
-        total = np.zeros((len(chunks), len(contexts)))
+        prefixes = np.unique(np.concatenate([np.asarray(t["context_tokens"], float) for t, _ in tables]))
+        total = np.zeros((len(chunks), len(prefixes)))
         for term, coefficient in tables:
-            values = np.asarray(term["time_us"], float) * 1e-6
-            wide = np.stack([curve(contexts, term["context_tokens"], row) for row in values])
-            total += coefficient * np.stack([curve(chunks, term["chunk_tokens"], c) for c in wide.T], axis=1)
-        self._chunk_grid, self._prefill_context_grid = chunks.tolist(), contexts.tolist()
+            values = np.asarray(term["time_us"], float) * 1e-6 * coefficient
+            wide = curve_rows(prefixes, np.asarray(term["context_tokens"], float), values.T).T
+            total += curve_rows(chunks, np.asarray(term["chunk_tokens"], float), wide)
+        self._chunk_grid, self._prefix_grid = chunks.tolist(), prefixes.tolist()
         self._chunk_rows = total.tolist()
 
     def step_s(self, batch: Batch) -> float:
@@ -200,10 +213,17 @@ class PreparedStepTime:
             if self._has_mixed and batch.prefills:
                 seconds += self._mixed_decode_s(batch)
             elif self._context_grid:
+                grid, (values, slopes) = self._context_grid, self._rows[rows] or self._row(rows)
                 mean, longest = total / rows, batch.decode_context_max
-                seconds += self._attention(rows, mean)
-                if longest > mean and self._skew:
-                    seconds += self._skew * (self._attention(rows, longest) - self._attention(rows, mean))
+                index = bisect_right(grid, mean) - 1
+                level = values[index] + slopes[index] * (mean - grid[index])
+                seconds += level
+                if longest > mean:
+                    index = bisect_right(grid, longest) - 1
+                    highest = values[index] + slopes[index] * (longest - grid[index])
+                    seconds += self._skew * (highest - level)
+                if longest > self._max_context:
+                    self._count("context_tokens")
             if self._skew_tokens_s:
                 seconds += self._skew_tokens_s * max(0.0, rows * batch.decode_context_max - total)
         if batch.prefills:
@@ -217,20 +237,6 @@ class PreparedStepTime:
             if host > seconds:
                 return host
         return seconds
-
-    def _attention(self, rows: int, context: float) -> float:
-        """Seconds of decode attention of `rows` sequences of `context` tokens each."""
-        grid = self._context_grid
-        index = bisect_right(grid, context) - 1
-        if index < 0:
-            index = 0
-        elif index >= len(grid) - 2:
-            index = len(grid) - 2
-        if context > self._max_context:
-            self._count("context_tokens")
-        row = self._decode_rows[rows]
-        low, left = grid[index], row[index]
-        return left + (row[index + 1] - left) * (context - low) / (grid[index + 1] - low)
 
     def _mixed_decode_s(self, batch: Batch) -> float:
         """Seconds of decode rows' attention inside a step that also prefills."""
@@ -255,15 +261,15 @@ class PreparedStepTime:
 
     def _chunk_s(self, chunk: float, context: float) -> float:
         """Seconds of attention of one prefill chunk over its prefix (bilinear)."""
-        chunks, contexts = self._chunk_grid, self._prefill_context_grid
-        i = min(max(bisect_right(chunks, chunk) - 1, 0), len(chunks) - 2)
-        j = min(max(bisect_right(contexts, context) - 1, 0), len(contexts) - 2)
-        u = (chunk - chunks[i]) / (chunks[i + 1] - chunks[i])
-        v = (context - contexts[j]) / (contexts[j + 1] - contexts[j])
+        chunks, prefixes = self._chunk_grid, self._prefix_grid
+        i = bisect_right(chunks, chunk, 1, len(chunks) - 1) - 1
+        j = bisect_right(prefixes, context, 1, len(prefixes) - 1) - 1
+        v = (context - prefixes[j]) / (prefixes[j + 1] - prefixes[j])
         low, high = self._chunk_rows[i], self._chunk_rows[i + 1]
         left = low[j] + (low[j + 1] - low[j]) * v
         right = high[j] + (high[j + 1] - high[j]) * v
-        return max(left + (right - left) * u, 0.0)
+        seconds = left + (right - left) * (chunk - chunks[i]) / (chunks[i + 1] - chunks[i])
+        return seconds if seconds > 0.0 else 0.0
 
     def decode_run_s(
         self, decode_seqs: int, context_tokens: int, context_max: int, steps: int
@@ -274,13 +280,11 @@ class PreparedStepTime:
         fixed = self._tokens[decode_seqs] + self._sampled[decode_seqs] + self._decode[decode_seqs]
         seconds: FloatArray = fixed + self._decode_context_s * total
         if self._context_grid:
-            row, mean = self._decode_rows[decode_seqs], total / decode_seqs
-            at_mean = _row(mean, self._context_grid, row)
-            seconds = seconds + at_mean
-            if self._skew:
-                at_max = _row(longest, self._context_grid, row)
-                seconds = seconds + np.where(longest > mean, self._skew * (at_max - at_mean), 0.0)
-            over = int((mean > self._max_context).sum())
+            mean = total / decode_seqs
+            level = self._attention(decode_seqs, mean)
+            excess = np.where(longest > mean, self._attention(decode_seqs, longest) - level, 0.0)
+            seconds = seconds + level + self._skew * excess
+            over = int((longest > self._max_context).sum())
             if over:
                 self._count("context_tokens", over)
         if self._skew_tokens_s:
@@ -289,6 +293,14 @@ class PreparedStepTime:
             by_rows = self._host_sampled[decode_seqs] + self._host_decode[decode_seqs]
             seconds = np.maximum(seconds, self._host_tokens[decode_seqs] + by_rows)
         return seconds
+
+    def _attention(self, rows: int, contexts: FloatArray) -> FloatArray:
+        """Seconds of decode attention of `rows` sequences at each of `contexts`."""
+        index = np.searchsorted(self._grid, contexts, side="right") - 1
+        result: FloatArray = self._values[rows][index] + self._slopes[rows][index] * (
+            contexts - self._grid[index]
+        )
+        return result
 
     def _count(self, key: str, times: int = 1) -> None:
         self.beyond[key] = self.beyond.get(key, 0) + times
@@ -302,14 +314,6 @@ def _decode_table(term: Mapping[str, Any], fp8_kv: bool) -> Any:
         return np.asarray(term["fp8_time_us"], float) * term.get("fp8_scale", 1.0)
     table = np.asarray(term["time_us"], float)
     return table[:, :1] + (table - table[:, :1]) * FP8_KV_SCALE
-
-
-def _row(x: FloatArray, grid: Sequence[float], values: Sequence[float]) -> FloatArray:
-    """Linear interpolation continued along the outer segments (unlike `np.interp`), as `_attention` does."""
-    g, v = np.asarray(grid), np.asarray(values)
-    index = np.clip(np.searchsorted(g, x, side="right") - 1, 0, len(g) - 2)
-    result: FloatArray = v[index] + (v[index + 1] - v[index]) * (x - g[index]) / (g[index + 1] - g[index])
-    return result
 
 
 def _curves(

@@ -158,6 +158,14 @@ def curve(x: np.ndarray, grid: Any, values: Any) -> np.ndarray:
     return result
 
 
+def curve_rows(x: np.ndarray, grid: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`curve` for each column of `values`, shape (len(grid), n): returns shape (len(x), n)."""
+    index = np.clip(np.searchsorted(grid, x, side="right") - 1, 0, len(grid) - 2)
+    share = ((x - grid[index]) / (grid[index + 1] - grid[index]))[:, None]
+    result: np.ndarray = np.maximum(values[index] + share * (values[index + 1] - values[index]), 0.0)
+    return result
+
+
 def segment(x: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
     """How much of [low, high] lies below x: the basis of a monotone piecewise linear curve."""
     clipped: np.ndarray = np.clip(x, low or 0.0, math.inf if high is None else high)
