@@ -1,0 +1,246 @@
+"""Starting and stopping: what is wrong is said before anything runs, and nothing outlives its starter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ersim.config import EngineSettings, ExpertConfig, FleetConfig
+from ersim.errors import ConfigError, DataError
+from ersim.steptime import ModelSpec, load_model
+from testbed.expert_server import (
+    ExpertFailed,
+    ExpertServer,
+    ServerSpec,
+    check_port,
+    check_vllm,
+    free_port,
+    server_command,
+    server_environment,
+)
+from testbed.fleet import server_specs
+from testbed.gateway.process import GatewayFailed, GatewayProcess
+from testbed.gateway.settings import ExpertEndpoint, GatewaySettings, read_settings
+from testbed.live_settings import read_live
+from testbed.plan import ProfilePlan, check_plan, phases
+from testbed.power import PowerSampler
+from testbed.weightless import llama_config, write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def spec(tmp_path: Path, **live: Any) -> ServerSpec:
+    settings = read_live(live, "bf16", "e")
+    return ServerSpec("e", "e", str(tmp_path), free_port(), 1, EngineSettings(), settings, tmp_path, [0], [])
+
+
+def fake_vllm(tmp_path: Path, code: str) -> str:
+    """An interpreter whose `-m vllm...` runs `code`; everything else is Python as usual."""
+    package = tmp_path / "site" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").write_text("")
+    (package / "api_server.py").write_text(code)
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site:$PYTHONPATH exec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    (tmp_path / "config.json").write_text("{}")
+    return str(wrapper)
+
+
+def test_unknown_and_impossible_live_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"e\.live must be one of.*got 'prot'"):
+        read_live({"prot": 1}, "bf16", "e")
+    with pytest.raises(ConfigError, match=r"e\.live\.quantization"):
+        read_live({"quantization": "nf4"}, "bf16", "e")
+    with pytest.raises(ConfigError, match=r"e\.live\.tokenizer"):
+        read_live({"tokenizer": "model"}, "bf16", "e")
+    with pytest.raises(ConfigError, match=r"e\.live\.port"):
+        read_live({"port": 70000}, "bf16", "e")
+
+
+def test_a_port_in_use_is_one_clear_message() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"fleet\.experts\.a\.live\.port must be a free port"):
+            check_port(taken.getsockname()[1], "fleet.experts.a")
+
+
+def test_a_folder_without_config_json_is_refused(tmp_path: Path) -> None:
+    server = ExpertServer(spec(tmp_path, python=fake_vllm(tmp_path, "")))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        server.start()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_no_vllm_names_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="make venv-live"):
+        check_vllm(None)
+
+
+def test_an_expert_that_dies_shows_its_log(tmp_path: Path) -> None:
+    code = "import sys\nprint('no kernel image is available')\nsys.exit(3)\n"
+    server = ExpertServer(spec(tmp_path, python=fake_vllm(tmp_path, code)))
+    server.start()
+    with pytest.raises(ExpertFailed, match=r"ended with status 3(.|\n)*no kernel image is available"):
+        server.wait_ready()
+
+
+def test_an_expert_that_never_gets_ready_is_stopped(tmp_path: Path) -> None:
+    code = "import time\nprint('loading', flush=True)\ntime.sleep(600)\n"
+    server = ExpertServer(spec(tmp_path, python=fake_vllm(tmp_path, code), ready_timeout_s=2.0))
+    server.start()
+    with pytest.raises(ExpertFailed, match=r"not healthy within 2 s(.|\n)*loading"):
+        server.wait_ready()
+    assert not server.running
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def wait_gone(pids: list[int], seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[1], "w").write(f"{os.getpid()} {child.pid}")
+time.sleep(600)
+"""
+
+
+def start_supervised(tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    note = tmp_path / "pids"
+    command = [sys.executable, "-m", "testbed.supervisor", "--", sys.executable, "-c", STUBBORN, str(note)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if note.exists() and len(note.read_text().split()) == 2:
+            break
+        time.sleep(0.05)
+    return process, [int(pid) for pid in note.read_text().split()]
+
+
+@pytest.mark.slow
+def test_closing_the_pipe_ends_the_whole_group(tmp_path: Path) -> None:
+    process, pids = start_supervised(tmp_path)
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait(20)
+    assert wait_gone(pids)
+
+
+@pytest.mark.slow
+def test_a_killed_starter_leaves_nothing_running(tmp_path: Path) -> None:
+    """SIGKILL cannot be caught: the supervisor notices that the pipe is gone."""
+    note = tmp_path / "pids"
+    starter = (
+        "import subprocess, sys, time\n"
+        "command = [sys.executable, '-m', 'testbed.supervisor', '--', sys.executable, '-c', *sys.argv[1:]]\n"
+        "subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", starter, STUBBORN, str(note)], cwd=ROOT)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not (note.exists() and len(note.read_text().split()) == 2):
+        time.sleep(0.05)
+    pids = [int(pid) for pid in note.read_text().split()]
+    parent.send_signal(signal.SIGKILL)
+    parent.wait(5)
+    assert wait_gone(pids, 20)
+
+
+def test_commands_and_environment_follow_the_config(tmp_path: Path) -> None:
+    one = spec(tmp_path, cores=[[0]], args=["--seed", 5], env={"X": 1})
+    command = server_command(one)
+    assert command[command.index("--served-model-name") + 1 :][:2] == ["auto", "e"]
+    assert "--load-format" in command and command[-2:] == ["--seed", "5"]
+    environment = server_environment(one, {"PATH": os.environ["PATH"]})
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0" and environment["X"] == "1"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_one_config_gives_simulator_and_servers_the_same_fleet(tmp_path: Path) -> None:
+    expert = ExpertConfig(model="llama-36m", gpu="cpu", replicas=2, live={"cores": [[0], [1]]})
+    specs = server_specs(FleetConfig("f", experts={"a": expert}), tmp_path)["a"]
+    assert [one.cores for one in specs] == [[0], [1]] and len({one.port for one in specs}) == 2
+    written = json.loads((tmp_path / "models" / "a" / "config.json").read_text())
+    assert ModelSpec.from_hf_config(written).params == load_model("llama-36m").params
+
+
+def test_weightless_folders_hold_config_and_exact_tokenizer(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", load_model("llama-36m"), "int8", 4096, tokenizer=True)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] == 8
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    assert len(tokenizer["model"]["vocab"]) == 32000
+    assert (
+        llama_config(load_model("llama3.1-8b"), "fp8", 8192)["quantization_config"]["quant_method"] == "fp8"
+    )
+
+
+def test_the_profile_plan_fits_the_engine_and_puts_basics_first() -> None:
+    with pytest.raises(ConfigError, match=r"plan\.prefill_tokens must be below max_model_len"):
+        check_plan(ProfilePlan(prefill_tokens=[9000]), 8192)
+    names = [phase.name for phase in phases(ProfilePlan(), 8)]
+    assert names[:2] == ["warmup", "prefill"] and "decode-c64-b16" not in names
+
+
+def test_power_is_absent_without_a_gpu_and_says_why() -> None:
+    with PowerSampler(0.01) as power:
+        time.sleep(0.05)
+    assert power.log.rows or power.log.absent
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a whole JSON document"),
+        ("{}", "list `experts`"),
+        ('{"experts": [{"name": "a"}], "policy_path": "p"}', "urls is missing"),
+        ('{"experts": [{"name": "a", "urls": ["u"], "x": 1}], "policy_path": "p"}', "must be one of"),
+        ('{"experts": [{"name": "a", "urls": ["u"]}]}', "policy_path is missing"),
+        (
+            '{"experts": [{"name": "a", "urls": ["u"]}], "policy_path": "p", "attempts": 0}',
+            "attempts must be > 0",
+        ),
+    ],
+)
+def test_bad_gateway_settings_name_what_to_fix(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "gateway.json"
+    path.write_text(content)
+    with pytest.raises((ConfigError, DataError), match=message):
+        read_settings(path)
+
+
+def test_a_gateway_that_cannot_start_says_why(tmp_path: Path) -> None:
+    settings = GatewaySettings(
+        experts=[ExpertEndpoint("a", ["http://127.0.0.1:9"])],
+        policy_path=str(tmp_path / "absent"),
+        port=free_port(),
+    )
+    with pytest.raises(GatewayFailed, match="absent"), GatewayProcess(settings, tmp_path):
+        pass
