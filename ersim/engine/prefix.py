@@ -16,7 +16,8 @@ Neighbouring blocks of one request share all three, so this room keeps them as o
 - The free list is: first all blocks without content (vLLM prepends those when it frees them), of
   which only the number matters; then cached blocks, least recently freed first, each request's
   tail before its head. The latter is a linked list of pieces that is eaten from the front; a piece
-  that is eaten loses blocks from its high end.
+  that is eaten loses blocks from its high end. Eating is put off: the number of blocks without
+  content may go below zero, and `settle` pays before anybody looks at content or frees blocks.
 """
 
 from __future__ import annotations
@@ -94,10 +95,8 @@ class BlockPool:
         """Allocate `count` blocks (the caller has checked that they are free)."""
         self.free -= count
         self.unhashed -= count
-        if self.unhashed < 0:
-            self.evict()
 
-    def evict(self) -> None:
+    def settle(self) -> None:
         """Pay for an overdrawn count of blocks without content with the oldest cached ones."""
         ends = self.ends
         missing = -self.unhashed
@@ -212,6 +211,8 @@ class BlockPool:
 
         Returns the pieces, the number of blocks, and how many of those stand in the free list.
         """
+        if self.unhashed < 0:
+            self.settle()
         hits: list[Hit] = []
         block = evictable = 0
         for node, _, end in path:
@@ -312,6 +313,8 @@ class BlockPool:
             self.free += total
             self.unhashed += total
             return
+        if self.unhashed < 0:
+            self.settle()
         full = hashed_tokens // self.block_size
         self.free += total - full
         self.unhashed += total - full
@@ -324,6 +327,8 @@ class BlockPool:
         if not self.caching or (gone and not path):
             self.release_private(allocated_tokens, hashed_tokens)
             return
+        if self.unhashed < 0:
+            self.settle()
         size = self.block_size
         full = hashed_tokens // size
         rest = -(-allocated_tokens // size) - full

@@ -165,8 +165,6 @@ class Scheduler(DecodeBulk):
         elif need:
             pool.free -= need
             pool.unhashed -= need
-            if pool.unhashed < 0:
-                pool.evict()
         decodes = self._decodes
         longest = self._longest_context(k) if decodes else 0
         step = Step(k, decodes, self._offsets + k * decodes, longest, decodes - wasted)
@@ -380,8 +378,6 @@ class Scheduler(DecodeBulk):
                 request.cached_tokens = computed
             pool.free -= need
             pool.unhashed -= need
-            if pool.unhashed < 0:
-                pool.evict()
             running[request] = None
             request.admission = self._admissions
             self._admissions += 1
