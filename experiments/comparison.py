@@ -140,7 +140,7 @@ def _best(done: pd.DataFrame, column: str, more: bool) -> set[tuple[str, int]]:
     for users, group in done.groupby("users"):
         edges = pd.DataFrame({"line": group["line"], "mean": group[column]})
         for edge in ("low", "high"):
-            edges[edge] = group[f"{column}_{edge}"] if f"{column}_{edge}" in group else None
+            edges[edge] = group.get(f"{column}_{edge}")
         means = edges.groupby("line").mean().dropna(subset=["mean"]).astype(float)
         if means.empty:
             continue

@@ -269,7 +269,8 @@ def job_params(job: Mapping[str, Any]) -> list[Param]:
     if config_file.is_file():
         import yaml
 
-        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where it is built in
+        config = yaml.load(config_file.read_text(encoding="utf-8"), Loader=loader)
         experts = list(config["fleet"]["experts"].values())
         for key in ("model", "precision", "gpu", "tp"):
             values = {expert[key] for expert in experts}

@@ -73,8 +73,8 @@ def test_every_experiment_is_a_sweep_with_a_name(name: str, hydra: None) -> None
 
 
 def test_requests_grow_with_users(hydra: None) -> None:
-    assert composed("users=1").workload.requests == 600
-    assert composed("users=1000").workload.requests == 10_000
+    assert composed("users=1").workload.requests == 300
+    assert composed("users=1000").workload.requests == 6_000
 
 
 def test_the_mlflow_folder_does_not_shadow_the_package() -> None:
