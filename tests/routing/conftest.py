@@ -71,6 +71,15 @@ def make_fleet(names: list[str], domains: bool = True, priced: bool = True) -> F
 SMALL = [f"small-{domain}" for domain in WORDS]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():  # type: ignore[no-untyped-def]
+    """Small matrices: a second BLAS thread only spins, and on a busy machine it spins for minutes."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1):
+        yield
+
+
 @pytest.fixture
 def prompts() -> list[Prompt]:
     return make_prompts(400)

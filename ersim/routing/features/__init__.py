@@ -1,4 +1,4 @@
-"""Numbers out of prompt text: tf-idf + SVD, sentence embedding, surface counts, or sums of these.
+"""Numbers out of prompt text: tf-idf + SVD, sentence embedding, surface counts, length, or several at once.
 
 `build_features("tfidf+surface", seed-free params)` makes the extractor that policies use. Every
 extractor reads one prompt at a time in the same arithmetic, so that a batch and single calls give
@@ -13,15 +13,25 @@ from typing import Any
 from ersim.errors import ConfigError, unknown_choice
 from ersim.routing.features.base import Features, Joined
 from ersim.routing.features.embedding import SentenceEmbedding
-from ersim.routing.features.surface import Surface
+from ersim.routing.features.surface import Length, Surface
 from ersim.routing.features.tfidf import TfidfSvd
 
-__all__ = ["FEATURES", "Features", "Joined", "SentenceEmbedding", "Surface", "TfidfSvd", "build_features"]
+__all__ = [
+    "FEATURES",
+    "Features",
+    "Joined",
+    "Length",
+    "SentenceEmbedding",
+    "Surface",
+    "TfidfSvd",
+    "build_features",
+]
 
 FEATURES: Mapping[str, type[Features]] = {
     "tfidf": TfidfSvd,
     "embedding": SentenceEmbedding,
     "surface": Surface,
+    "length": Length,
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ersim.errors import bad_value
 from ersim.routing.features.base import Features, Rows
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -61,3 +62,29 @@ class Surface(Features):
 
     def _raw(self, texts: Sequence[str]) -> Rows:
         return np.array([surface_counts(text[: self.max_chars]) for text in texts], dtype=float)
+
+
+class Length(Features):
+    """The logarithm of the length in characters alone, centred and scaled to `weight` deviations.
+
+    weight: how much it counts beside rows of length 1; 0.3 is what one of the surface counts gets.
+    """
+
+    base_s = 2e-6
+    per_char_s = 0.0
+
+    def __init__(self, weight: float = 0.3) -> None:
+        if not weight > 0:
+            raise bad_value("router.params.feature_params.length.weight", "> 0", weight)
+        self.weight = weight
+
+    def fit(self, texts: Sequence[str], seed: int) -> None:
+        """Learn centre and spread."""
+        raw = np.log1p([len(text) for text in texts])
+        self._centre, self._spread = float(raw.mean()), float(raw.std()) or 1.0
+
+    def transform(self, texts: Sequence[str]) -> Rows:
+        """One column, clipped to five deviations."""
+        raw: Rows = np.log1p(np.array([len(text) for text in texts], dtype=float))
+        scaled = np.clip((raw - self._centre) / self._spread, -5.0, 5.0)
+        return self.weight * scaled[:, None]

@@ -35,9 +35,10 @@ class TfidfSvd(Features):
     dims: dimensions kept; fewer if the training texts have no more.
     min_count: a word must occur in that many training texts.
     max_words: the most frequent words kept (by number of texts).
-    scale: ``standard`` centres each dimension and gives all the same variance (the paper),
-        rows of length about 1;
-        ``unit`` scales each text's row to length 1 (latent semantic analysis as usually done).
+    scale: ``unit`` scales each text's row to length 1 (latent semantic analysis as usually done);
+        ``standard`` centres each dimension and gives all the same variance (the paper),
+        rows of length about 1. It gives noise dimensions the weight of the leading ones, and
+        k-means then finds one huge cluster and many tiny ones (docs/routing.md).
     sublinear: use 1 + log(count) instead of the count.
     """
 
@@ -49,7 +50,7 @@ class TfidfSvd(Features):
         dims: int = 100,
         min_count: int = 2,
         max_words: int = 20_000,
-        scale: str = "standard",
+        scale: str = "unit",
         sublinear: bool = False,
     ) -> None:
         if dims < 1:

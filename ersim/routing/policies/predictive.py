@@ -50,8 +50,7 @@ class Predictive(Policy):
             expert_index(self.experts, expert, "router.params.prices")
             if not price >= 0:
                 raise bad_value(f"router.params.prices.{expert}", ">= 0", price)
-        defaults = {"tfidf": {"scale": "unit"}} if "tfidf" in features else {}
-        self.features = build_features(features, {**defaults, **(feature_params or {})})
+        self.features = build_features(features, feature_params)
         self.predictor = build_predictor(predictor, predictor_params)
         self.cost_weight, self.load_weight = 0.0, 0.0
         self.adjust(cost_weight=cost_weight, load_weight=load_weight)

@@ -44,8 +44,7 @@ class Threshold(TwoTier):
         budget: float | None = None,
     ) -> None:
         super().__init__(experts, strong, weak, threshold, share, quality, budget)
-        defaults = {"tfidf": {"scale": "unit"}} if "tfidf" in features else {}
-        self.features = build_features(features, {**defaults, **(feature_params or {})})
+        self.features = build_features(features, feature_params)
         self._predictor_name, self._predictor_params = predictor, predictor_params
         self.predictor = build_predictor(predictor, predictor_params)
         self.routing_base_s = self.features.base_s + 30e-6
