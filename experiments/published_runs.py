@@ -229,6 +229,7 @@ def _recorded_requests(plan: Mapping[str, Any]) -> Workload:
                 prompt_tokens=int(row.prompt_tokens),
                 output_tokens=int(row.output_tokens),
                 max_tokens=int(row.output_tokens),
+                output_content_id=int(index),
                 block_keys=None if blocks is None else blocks[int(index)],
                 arrival_s=float(row.arrival_dataset_s),
             )

@@ -7,11 +7,18 @@ covariance, step noise, the frontend's doubt and the workload's randomness.
 
 from __future__ import annotations
 
+# ruff: noqa: E402 (threads are limited before anything imports numpy)
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
 import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +148,7 @@ def show(rows: Sequence[Comparison]) -> None:
         mark = "in" if row.inside else "OUT"
         print(
             f"{row.run:32} {name:26} {row.metric:14} {row.measured:10.2f} {row.predicted:10.2f} "
-            f"{100 * row.error:+7.1f} %  {row.low:.2f} to {row.high:.2f} {mark}"
+            f"{100 * row.error:+7.1f} %  {row.low:.2f} to {row.high:.2f} {mark:3} {row.peers}"
         )
 
 
@@ -195,6 +202,29 @@ def report(rows: Sequence[Comparison], skipped: Sequence[str], notes: Iterable[s
     return {"inside_share": inside, "runs": groups, "skipped": list(skipped), "records": records}
 
 
+def _predict_or_say(case: Case, replications: int) -> tuple[list[Comparison], str | None]:
+    """A case's comparisons, or why it could not be simulated."""
+    try:
+        return predict(case, replications), None
+    except ErsimError as error:
+        return [], f"{case.run} {case.row}: {error}"
+
+
+def predict_all(cases: Sequence[Case], replications: int) -> tuple[list[Comparison], list[str]]:
+    """All cases on all cores, in order, with progress on standard error."""
+    rows: list[Comparison] = []
+    skipped: list[str] = []
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        results = pool.map(_predict_or_say, cases, [replications] * len(cases))
+        for number, (found, why) in enumerate(results, 1):
+            print(f"\r{number}/{len(cases)} cases simulated", end="", file=sys.stderr, flush=True)
+            rows.extend(found)
+            if why is not None:
+                skipped.append(why)
+    print(file=sys.stderr)
+    return rows, skipped
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -210,15 +240,7 @@ def main() -> None:
     except (ErsimError, OSError) as error:
         print(f"validate-published: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    rows: list[Comparison] = []
-    skipped: list[str] = []
-    for number, case in enumerate(cases, 1):
-        print(f"\r{number}/{len(cases)} {case.run} {case.row:40}", end="", file=sys.stderr, flush=True)
-        try:
-            rows.extend(predict(case, options.replications))
-        except ErsimError as error:
-            skipped.append(f"{case.run} {case.row}: {error}")
-    print(file=sys.stderr)
+    rows, skipped = predict_all(cases, options.replications)
     notes = dict.fromkeys(f"{case.run}: {case.unrecorded}" for case in cases if case.unrecorded)
     print(json.dumps(report(rows, skipped, notes)))
 
