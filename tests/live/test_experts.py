@@ -14,6 +14,7 @@ import pytest
 from ersim.config import LengthsConfig, PromptSetConfig, WorkloadConfig
 from ersim.workload import build_workload, load_prompt_set
 
+pytest.importorskip("vllm", reason="needs the real vLLM: make test-live")
 pytestmark = pytest.mark.live
 
 
