@@ -27,7 +27,7 @@ from ersim.util.files import write_atomically
 # Okabe & Ito (2008), "Color Universal Design"; yellow left out: too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",

@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ersim.errors import ErsimError
+from ersim.util.files import to_json
 from experiments.paths import conf_dir
 from experiments.schema import register
 
@@ -54,7 +55,12 @@ def list_calibrations() -> None:
 
 
 def main() -> None:
-    """Run the command line in sys.argv."""
+    """Run the command line in sys.argv; `calibration=list` shows what there is and simulates nothing."""
+    if "calibration=list" in sys.argv[1:]:
+        from experiments.calibrate import show_list
+
+        print(to_json({"calibrations": show_list()}, indent=None))
+        return
     try:
         conf = conf_dir()
     except ErsimError as error:

@@ -112,3 +112,10 @@ def test_help_and_cfg_name_the_groups(ersim: Callable) -> None:
 def test_the_command_line_wins_over_a_baselines_own_router(ersim: Callable) -> None:
     config = yaml.safe_load(ersim("--cfg", "job", "fleet=tp8_70b_fp16", "router=round_robin").out)
     assert config["router"]["policy"] == "round_robin"
+
+
+def test_calibrations_are_listed(ersim: Callable) -> None:
+    run = ersim("calibration=list")
+    assert run.code == 0
+    names = {row["name"] for row in run.record["calibrations"]}
+    assert any("llama3.1-70b" in name for name in names) and "held-out" in run.out
