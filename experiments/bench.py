@@ -1,6 +1,6 @@
 """How fast the simulator is on this machine, beside the bare SimPy event loop on the same machine.
 
-    python -m experiments.bench [--requests 100000] [--users 1,10,100,1000,10000] [--repeat 3]
+    python -m experiments.bench [--requests 100000] [--users 1,10,100,1000,10000] [--repeat 2]
 
 Rates are per second of CPU time of this process, so that a busy machine disturbs them least; wall
 time is in the table too. Prints two tables and one line of JSON.
@@ -31,6 +31,7 @@ from ersim.config import (
 from ersim.engine import VLLM_VERSION, Engine, EngineConfig, EngineRequest
 from ersim.prepare import Preparations
 from ersim.simulation import replicate
+from ersim.types import Segment
 from ersim.workload.lengths import length_model
 
 EXPERTS = 8
@@ -93,6 +94,39 @@ def step_us(running: int, steps: int = 4000) -> float:
         engine.start()
         engine.complete()
     return (time.process_time() - begin) / steps * 1e6
+
+
+ENGINE_CASES: dict[str, dict[str, object]] = {
+    "plain": {"enable_prefix_caching": False},
+    "asynchronous, prefix cache on": {"async_scheduling": True},
+    "shared system prompt": {"async_scheduling": True, "system": 208},
+    "scarce KV, preemption": {"async_scheduling": True, "num_blocks": 4000},
+    "both": {"async_scheduling": True, "system": 208, "num_blocks": 4000},
+}
+"""The engine alone under 125 closed-loop sequences: its configuration, and the shared prompt's tokens."""
+
+
+def engine_request_us(settings: dict[str, object], users: int = 125, requests: int = 4000) -> float:
+    """Microseconds of the engine alone per request: add, admit, all its steps, finish."""
+    options = {"num_blocks": 30_000, **settings}
+    system = int(options.pop("system", 0))  # type: ignore[call-overload]
+    engine = Engine(EngineConfig(**options))  # type: ignore[arg-type]
+    rng = np.random.default_rng(1)
+    prompts = rng.integers(64, 960, requests)
+    outputs = np.clip(rng.exponential(MEAN_OUTPUT_TOKENS, requests), 2, 7000).astype(int)
+    queue = []
+    for number, (prompt, output) in enumerate(zip(prompts.tolist(), outputs.tolist(), strict=True)):
+        segments = (Segment(0, system), Segment(1 + number, prompt)) if system else None
+        queue.append(EngineRequest(number, prompt + system, output, output, segments=segments))
+    waiting = iter(queue)
+    for _ in range(users):
+        engine.add(next(waiting))
+    begin = time.process_time()
+    while engine.start() is not None:
+        for _ in engine.complete().finished:
+            if (request := next(waiting, None)) is not None:
+                engine.add(request)
+    return (time.process_time() - begin) / requests * 1e6
 
 
 def configuration(users: int, requests: int, tight: bool) -> SimulationConfig:
@@ -168,6 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
         (f"{users:,} users", users, min(options.requests, max(400, 100 * users)), False) for users in counts
     ]
     wanted.append(("1,000 users, prefixes, tight KV", 1000, options.requests, True))
+    alone = {name: min(engine_request_us(case) for _ in range(3)) for name, case in ENGINE_CASES.items()}
+    for name, value in alone.items():
+        print(f"engine us per request, {name:32}{value:7.1f}")
+    print()
     heads: tuple[tuple[str, int], ...] = (
         ("", 32),
         ("requests", 9),
@@ -190,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = {
         "simpy_events_per_s": round(bare),
         "step_us": flat,
+        "engine_request_us": {name: round(value, 2) for name, value in alone.items()},
         "flatness": round(max(flat.values()) / min(flat.values()), 3),
         "runs": [
             {

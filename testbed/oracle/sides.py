@@ -131,9 +131,12 @@ def valid_for(spec: RequestSpec, config: EngineConfig) -> bool:
     return 0 < spec.prompt_tokens < config.max_model_len and spec.max_tokens > 0 and spec.output_tokens > 0
 
 
-def compare(case: Case, left: Side, right: Side) -> tuple[int, Difference | None]:
-    """Drive both sides through a case; returns the steps compared and the first difference, if any."""
-    depth = 2 if case.config.async_scheduling else 1
+def compare(case: Case, left: Side, right: Side, depth: int | None = None) -> tuple[int, Difference | None]:
+    """Drive both sides through a case; returns the steps compared and the first difference, if any.
+
+    depth: batches in flight, by default as the engine core has it.
+    """
+    depth = depth or (2 if case.config.async_scheduling else 1)
     pending = deque(case.events)
     steps = calls = in_flight = idle = 0
     admitted: set[int] = set()

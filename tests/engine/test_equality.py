@@ -32,6 +32,14 @@ def test_cases_that_once_differed() -> None:
         assert_equal(make_case(seed))
 
 
+def test_asynchronous_engine_whose_pipeline_runs_dry_in_every_step() -> None:
+    for seed in range(60):
+        case = make_case(seed)
+        if case.config.async_scheduling:
+            _, difference = compare(case, ErsimSide(case.config), ReferenceSide(case.config), depth=1)
+            assert difference is None, f"{seed} {case.config}\n{difference.describe()}"
+
+
 requests = st.builds(
     lambda shared, own, output, extra, priority, answer: (shared, own, output, extra, priority, answer),
     shared=st.integers(0, 40),
