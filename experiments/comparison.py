@@ -23,6 +23,8 @@ SHOWN: tuple[tuple[str, str, str, bool], ...] = (
     ("median_tpot_ms", "median TPOT, ms", ",.1f", False),
     ("median_e2el_ms", "median E2E, ms", ",.0f", False),
     ("usd_per_mtok_output", "US$ per million output tokens", ",.2f", False),
+    ("mean_score", "answer quality (share correct)", ".3f", True),
+    ("usd_per_correct_answer", "US$ per correct answer", ".5f", False),
 )
 
 

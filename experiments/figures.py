@@ -96,7 +96,7 @@ PANELS = (
         band="line: median, band: up to p99",
     ),
 )
-COST_X, COST_Y = "p99_ttft_ms", "usd_per_mtok_output"
+COST_X, COST_Y, QUALITY = "p99_ttft_ms", "usd_per_mtok_output", "mean_score"
 
 
 def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -104,7 +104,12 @@ def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     done = frame[frame["status"] == "finished"]
     if done.empty:
         return []
-    used = {COST_X, COST_Y, *(name for panel in PANELS for name in (panel.line, panel.low, panel.high))}
+    used = {
+        COST_X,
+        COST_Y,
+        QUALITY,
+        *(name for panel in PANELS for name in (panel.line, panel.low, panel.high)),
+    }
     figures = [name for name in done.columns if name in used]
     done = pd.DataFrame(
         {"line": done["label"], "users": done["users"], **{name: done[name] for name in figures}}
@@ -120,6 +125,8 @@ def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
             written.append(_save(_overview(points, lines, panels, title), folder / "overview.png"))
         if {COST_X, COST_Y} <= set(points) and points[COST_Y].notna().any():
             written.append(_save(_cost(points, lines, title), folder / "cost.png"))
+            if QUALITY in points and points[QUALITY].notna().any():
+                written.append(_save(_quality(points, lines, title), folder / "quality.png"))
     return written
 
 
@@ -260,4 +267,30 @@ def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     note = f"{title}; along each curve users grow up to the number at its end; lower left is better"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="#555555")
     axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _quality(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
+    """Answer quality against cost, and against tail latency; a point's size is its throughput."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 5.6), sharey=True)
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.84, bottom=0.24, wspace=0.06)
+    largest = float(points["output_throughput"].max())
+    for index, line in enumerate(lines):
+        own = points[(points["line"] == line) & points[QUALITY].notna()].sort_values("users")
+        colour, marker = _look(index)
+        size = 20 + 180 * own["output_throughput"].to_numpy(float) / largest
+        for axes, x in ((left, own[COST_Y]), (right, own[COST_X] * 1e-3)):
+            axes.plot(x, own[QUALITY], color=colour, linewidth=0.9, alpha=0.6)
+            axes.scatter(x, own[QUALITY], s=size, color=colour, marker=marker, alpha=0.85, label=line)
+    for axes, name in ((left, "US$ per million output tokens"), (right, "p99 TTFT, seconds")):
+        axes.set_xscale("log")
+        axes.set_xlabel(name)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    left.set_ylabel("answer quality (share correct)")
+    figure.suptitle("Quality, cost, throughput and tail latency", x=0.07, ha="left", weight="bold")
+    note = f"{title}; along each line users grow; larger points: more tokens per second; upper left is best"
+    figure.text(0.07, 0.90, note, fontsize=9, color="#555555")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, fontsize=9)
     return figure

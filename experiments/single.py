@@ -22,9 +22,14 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("median_e2el_ms", "E2E median, ms", ",.0f"),
     ("p99_e2el_ms", "E2E p99, ms", ",.0f"),
     ("median_gateway_ms", "gateway overhead median, ms", ",.2f"),
+    ("mean_score", "answer quality (share correct)", ".1%"),
+    ("misroute_rate_by_domain", "sent to another domain's expert", ".1%"),
+    ("strong_call_share", "sent to the largest model", ".1%"),
+    ("load_imbalance", "busiest expert over mean", ",.2f"),
     ("preemptions", "preemptions", ",.0f"),
     ("prefix_hit_rate", "prefix cache hit rate", ".1%"),
     ("usd_per_mtok_output", "US$ per million output tokens", ",.2f"),
+    ("usd_per_correct_answer", "US$ per correct answer", ",.5f"),
 )
 
 
