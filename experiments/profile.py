@@ -59,16 +59,17 @@ def profile(job: LiveConfig) -> dict[str, Any]:
     shutil.rmtree(folder / "profile", ignore_errors=True)
     with LiveFleet(job.fleet, folder / "profile", say) as live:
         calibrations = {name: _one_expert(job, live, name, folder) for name in job.fleet.experts}
-        known = _together(job, live, calibrations, folder) if len(calibrations) > 1 else None
+        known = _together(job, live, calibrations, folder)
     figures: dict[str, Any] = {
         "command": "ersim-profile",
         "fleet": job.fleet.name,
         "folder": str(folder),
         "experts": {name: summary(item) for name, item in calibrations.items()},
+        "base": known.base,
+        "slowdowns": known.slowdowns,
+        "gateway": known.gateway,
         "seconds": round(time.monotonic() - began_s, 1),
     }
-    if known is not None:
-        figures |= {"base": known.base, "slowdowns": known.slowdowns, "gateway": known.gateway}
     write_json(folder / "profile.json", figures)
     _log(job, folder, figures)
     return figures
@@ -91,7 +92,7 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
     time.sleep(1.0)  # the recorder writes twice a second
     live.check_alive()
     log = read_step_log(server.spec.steps_path)
-    device = read_live(expert.live, expert.precision, name).device
+    device = read_live(expert.live, expert.precision, name, expert.gpu).device
     calibration = fit(expert, f"{name}_{expert.precision}_live", log, run, power.log, device, job.seed)
     path = folder / f"{name}.json"
     save(calibration, path)

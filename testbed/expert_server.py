@@ -135,9 +135,13 @@ def engine_arguments(engine: EngineSettings) -> list[str]:
 def server_command(spec: ServerSpec) -> list[str]:
     """The command line of the server."""
     live = spec.live
-    command = [live.python or sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", spec.model, "--host", HOST]
-    command += ["--served-model-name", AUTO_MODEL, spec.expert]
+    command = [live.python or sys.executable, "-W", "ignore", "-m"]
+    if live.api_servers > 1:
+        command += ["vllm.entrypoints.cli.main", "serve", spec.model]
+        command += ["--api-server-count", str(live.api_servers)]
+    else:
+        command += ["vllm.entrypoints.openai.api_server", "--model", spec.model]
+    command += ["--served-model-name", AUTO_MODEL, spec.expert, "--host", HOST]
     command += [
         "--port",
         str(spec.port),

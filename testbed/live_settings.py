@@ -27,7 +27,8 @@ class LiveSettings:
     token; weightless only), none (token ids only), model (what the model's folder holds).
     port: of the first replica, the next ones follow; 0 takes free ports. device: cpu or gpu.
     cores: CPU cores of each replica (its compute threads are bound to them), gpus: GPU indices of
-    each replica. kv_space_gib: KV cache on CPU. args and env go to the server as they are.
+    each replica. api_servers: front-end processes of each replica, for GPUs that answer faster than
+    one can write. kv_space_gib: KV cache on CPU. args and env go to the server as they are.
     """
 
     model: str | None = None
@@ -37,6 +38,7 @@ class LiveSettings:
     port: int = 0
     cores: list[list[int]] = field(default_factory=list)
     gpus: list[list[int]] = field(default_factory=list)
+    api_servers: int = 1
     kv_space_gib: float = 1.0
     python: str | None = None
     ready_timeout_s: float = 240.0
@@ -50,13 +52,16 @@ class LiveSettings:
         return self.model is None
 
 
-def read_live(mapping: Mapping[str, Any], precision: str, key: str) -> LiveSettings:
-    """Check an expert's `live` mapping. Raises ConfigError naming the key, the value and the remedy."""
+def read_live(mapping: Mapping[str, Any], precision: str, key: str, gpu: str = "cpu") -> LiveSettings:
+    """Check an expert's `live` mapping. Raises ConfigError naming the key, the value and the remedy.
+
+    precision and gpu are the expert's own; they decide quantization and device where `live` does not.
+    """
     known = {field.name for field in dataclasses.fields(LiveSettings)}
     for name in mapping:
         if name not in known:
             raise unknown_choice(f"{key}.live", name, known)
-    settings = LiveSettings(**mapping)
+    settings = LiveSettings(**{"device": "cpu" if gpu == "cpu" else "gpu", **mapping})
     if settings.quantization is None:
         settings = dataclasses.replace(settings, quantization=DEFAULT_METHOD.get(precision, precision))
     if settings.quantization not in QUANTIZATIONS:
@@ -71,6 +76,8 @@ def read_live(mapping: Mapping[str, Any], precision: str, key: str) -> LiveSetti
         raise bad_value(f"{key}.live.port", "in [0, 65535] (0: any free port)", settings.port)
     if not settings.ready_timeout_s > 0:
         raise bad_value(f"{key}.live.ready_timeout_s", "> 0", settings.ready_timeout_s)
+    if settings.api_servers < 1:
+        raise bad_value(f"{key}.live.api_servers", ">= 1", settings.api_servers)
     if not settings.kv_space_gib > 0:
         raise bad_value(f"{key}.live.kv_space_gib", "> 0", settings.kv_space_gib)
     return settings
