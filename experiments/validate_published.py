@@ -116,10 +116,17 @@ def predict(case: Case, replications: int) -> list[Comparison]:
 def _compare(
     case: Case, group: str, metric: str, measured: float, draws: Sequence[float], label: str
 ) -> Comparison:
-    """Middle and interval of the draws, on a log scale (times are products of uncertain factors)."""
+    """Middle and interval of the draws, on a log scale (times are products of uncertain factors).
+
+    Draws come in reflected pairs, so that only half of them are degrees of freedom.
+    """
     logs = np.log(draws)
     middle, spread = float(logs.mean()), float(logs.std(ddof=1))
-    reach = float(student.ppf(0.5 + LEVEL / 2, len(draws) - 1)) * spread * float(np.sqrt(1 + 1 / len(draws)))
+    reach = (
+        float(student.ppf(0.5 + LEVEL / 2, max(1, len(draws) // 2)))
+        * spread
+        * float(np.sqrt(1 + 1 / len(draws)))
+    )
     limit = float(np.log1p(WIDEST))
     reach = min(reach, limit)
     low, high = np.exp([middle - reach, middle + reach])
