@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 VALIDATE_ONLY = ("users", "seconds", "warmup_s", "repeats", "replications")
-PROFILE_ONLY = ("live_plan", "plan")
+PROFILE_ONLY = ("live_plan", "plan", "install")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
