@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ersim.errors import ErsimError
 from ersim.util.files import write_json, write_text
@@ -47,6 +47,7 @@ def run_sweep(sweeper: ErsimSweeper, arguments: list[str]) -> list[Sequence[JobR
         print(f"ersim: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     folder = Path(str(sweeper.config.hydra.sweep.dir)).resolve()
+    _pin_folder(folder, [sweeper.config, *composed])
     write_text(folder / "multirun.yaml", OmegaConf.to_yaml(sweeper.config))
     write_json(folder / MANIFEST, manifest(folder, runs, overrides, composed))
     if hasattr(sweeper.launcher, "composed"):
@@ -65,6 +66,13 @@ def run_sweep(sweeper: ErsimSweeper, arguments: list[str]) -> list[Sequence[JobR
             f"the first: {failed[0]._return_value}"
         )
     return [returns]
+
+
+def _pin_folder(folder: Path, configs: Sequence[DictConfig]) -> None:
+    """Write the sweep's folder into every job's config: `now` would otherwise give each job its own."""
+    for config in configs:
+        with read_write(config), open_dict(config):
+            config.hydra.sweep.dir = str(folder)
 
 
 def _record_deaths(folder: Path, composed: list[DictConfig], returns: Sequence[JobReturn]) -> None:
