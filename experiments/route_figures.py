@@ -28,10 +28,11 @@ def _legend_name(outcome: Outcome) -> str:
 
 
 def draw_pair(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
-    """Mean answer quality against the share of strong calls, the band over splits."""
+    """Mean answer quality against the share of strong calls, the best router's band over splits."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.5, 5.2))
         ranked = sorted(outcomes, key=lambda o: -o.spread()["apgr"].mean)
+        best = next((o for o in ranked if not o.router.startswith(("random", "oracle"))), None)
         coloured = iter(COLOURS)
         for outcome in ranked:
             plain = outcome.router.startswith(("random", "oracle"))
@@ -40,13 +41,13 @@ def draw_pair(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
             share = outcome.curves[0][0]
             style = ("--" if outcome.router == "random" else ":") if plain else "-"
             axes.plot(100 * share, quality.mean(axis=0), style, color=colour, label=_legend_name(outcome))
-            if not plain:
+            if outcome is best:
                 band = quality.min(axis=0), quality.max(axis=0)
-                axes.fill_between(100 * share, *band, color=colour, alpha=0.08, lw=0)
+                axes.fill_between(100 * share, *band, color=colour, alpha=0.15, lw=0)
         axes.set_xlabel("share of requests sent to the strong model (%)")
         axes.set_ylabel("mean answer quality (share correct)")
         axes.set_title(title)
-        axes.legend(title="router: APGR", fontsize=9, loc="lower right")
+        axes.legend(title="router: APGR", fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _save(figure, path)
 
 
@@ -60,7 +61,7 @@ def draw_many(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
             if not outcome.curves or outcome.router.startswith("oracle"):
                 continue
             rows = [[_best_within(curve, price) for price in grid] for curve in outcome.curves]
-            mean = np.nanmean(np.array(rows), axis=0)
+            mean = np.array(rows).mean(axis=0)
             axes.plot(100 * grid, mean, color=next(coloured, "#7F7F7F"), label=outcome.router)
         single = [
             o.spread()["best_single_quality"].mean for o in outcomes if "best_single_quality" in o.spread()
