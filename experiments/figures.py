@@ -148,14 +148,14 @@ def _one(points: pd.DataFrame, lines: Sequence[str], panel: Panel, title: str) -
 
 def _overview(points: pd.DataFrame, lines: Sequence[str], panels: Sequence[Panel], title: str) -> Figure:
     figure, grid = plt.subplots(2, 2, figsize=(14.0, 8.8))
-    figure.subplots_adjust(left=0.06, right=0.82, top=0.90, bottom=0.07, wspace=0.18, hspace=0.32)
+    figure.subplots_adjust(left=0.075, right=0.825, top=0.90, bottom=0.07, wspace=0.18, hspace=0.32)
     for i, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
         _draw(axes, points, lines, panel, bands=False, labels=i % 2 == 1)
         median = "" if panel.name == "throughput" else ", median"
         axes.set_title(f"{panel.title}{median}")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(title, x=0.06, y=0.975, ha="left", fontsize=11, color="#555555")
+    figure.suptitle(title, x=0.075, y=0.975, ha="left", fontsize=11, color="#555555")
     return figure
 
 

@@ -157,3 +157,9 @@ def test_an_unreachable_store_costs_a_warning_not_the_sweep(ersim: Callable) -> 
     assert run.code == 0
     assert "not logged" in run.err and "ersim-report" in run.err
     assert len(pd.read_csv(run.folder / "sweep" / "comparison.csv")) == 2
+
+
+def test_all_jobs_write_below_the_sweeps_own_folder(ersim: Callable) -> None:
+    run = ersim("-m", *QUICK[:2], "users=1,2,3", "tracking.enabled=false")  # the folder's name holds the time
+    assert run.record["finished"] == 3
+    assert len(list((run.folder / "multirun" / "adhoc").iterdir())) == 1
