@@ -38,11 +38,11 @@ def run_figures(
     for index, name in enumerate(config.fleet.experts):
         block = per_expert.setdefault(name, {"completed": 0, "share": 0.0})
         block.update(_occupancy(experts[index], output, index, window))
+        block["steps_beyond_calibration"] = output.beyond[index]
     energy = _energy_joules(experts, per_expert, list(config.fleet.experts), window)
     tokens = (figures["output_throughput"] or 0.0) * window.duration_s
     figures["joules_per_output_token"] = energy / tokens if energy is not None and tokens else None
     figures.update(_routing(config, experts, prompts, in_window(output.requests, window), figures))
-    figures["problem"] = output.problem
     figures["per_expert"] = per_expert
     figures["per_domain"] = breakdown(output.requests, window, "domain")
     return figures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,6 @@ from ersim.results import Gaps, Window, combine, mean_is_known, steady_window
 from ersim.results.records import COMPLETED
 from ersim.steptime import ExpertModel
 from ersim.system import RunOutput, System
-from ersim.types import StepTime
 from ersim.util.files import write_atomically, write_json
 from ersim.workload import build_workload
 
@@ -107,15 +106,17 @@ def replicate(
     routing = shared.routing(config)
     prompts = shared.prompt_set(config.workload.prompts)
     workload = build_workload(config.workload, prompts, config.users, seed, routing.ask)
+    sample = _samples(config)
     system = System(
         config,
         experts,
-        _step_times(config, experts, seed, replication),
+        [expert.step_time(_draw(seed, 5, sample)) for expert in experts],
         prompts.prompts,
         workload,
         deepcopy(routing.policy),  # policies with a memory start every replication afresh
         None if config.faults else routing.known,  # who is down is not known beforehand
         seed,
+        frontends=[expert.frontend(_draw(seed, 7, sample)) for expert in experts],
     )
     output = system.run()
     if not output.counts.balanced:
@@ -125,13 +126,14 @@ def replicate(
     return output
 
 
-def _step_times(
-    config: SimulationConfig, experts: Sequence[ExpertModel], seed: int, replication: int
-) -> list[StepTime]:
-    """Mean step times for a single replication, drawn ones as soon as there are several."""
-    single = str(config.uncertainty.replications) == "1"
-    sample = config.uncertainty.sample_calibration and not single
-    return [expert.step_time(np.random.default_rng([seed, 5]) if sample else None) for expert in experts]
+def _samples(config: SimulationConfig) -> bool:
+    """Whether coefficients are drawn: not for a single replication, which shows the mean."""
+    return config.uncertainty.sample_calibration and str(config.uncertainty.replications) != "1"
+
+
+def _draw(seed: int, stream: int, sample: bool) -> np.random.Generator | None:
+    """The stream that every expert's coefficients are drawn from, the same one for all."""
+    return np.random.default_rng([seed, stream]) if sample else None
 
 
 def _nothing_finished(output: RunOutput) -> str:
@@ -140,7 +142,7 @@ def _nothing_finished(output: RunOutput) -> str:
     last = f"; last error: {errors.iloc[-1]}" if len(errors) else ""
     return (
         f"no request finished: {counts.rejected} rejected, {counts.failed} failed, "
-        f"{counts.on_replicas} on replicas{last}{'; ' + output.problem if output.problem else ''}"
+        f"{counts.on_replicas} on replicas{last}"
     )
 
 
@@ -181,6 +183,13 @@ def _identities(config: SimulationConfig, experts: Sequence[ExpertModel]) -> dic
     return identities
 
 
+def _excursions(figures: Mapping[str, Any]) -> Iterator[str]:
+    """One warning per expert and range that a run really left."""
+    for name, block in figures["per_expert"].items():
+        for what, steps in block["steps_beyond_calibration"].items():
+            yield f"{name}: {steps} steps had more {what} than its calibration covers (interval widened)"
+
+
 def _summary(
     config: SimulationConfig,
     experts: Sequence[ExpertModel],
@@ -188,7 +197,10 @@ def _summary(
     summaries: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """The reported summary: what was run, then the combined figures."""
-    warnings = sorted({warning for expert in experts for warning in expert.calibration.warnings})
+    warnings = sorted(
+        {warning for expert in experts for warning in expert.calibration.warnings}
+        | set(_excursions(summaries[0]))
+    )
     prompts = shared.prompt_set(config.workload.prompts)
     return {
         "schema_version": SCHEMA_VERSION,

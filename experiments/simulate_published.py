@@ -49,8 +49,8 @@ def simulate_case(
     output = System(config, [expert], [step_time], prompts, workload, policy, [0], seed).run()
     requests = output.requests
     unfinished = requests[requests.status != COMPLETED]
-    if len(unfinished) or output.problem:
-        why = output.problem or unfinished.iloc[0]["error"]
+    if len(unfinished):
+        why = unfinished.iloc[0]["error"]
         raise SimulationError(f"{case.run} {case.row}: {len(unfinished)} requests did not finish: {why}")
     return requests
 

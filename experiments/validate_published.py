@@ -28,6 +28,7 @@ from scipy.stats import t as student
 
 from ersim.errors import ErsimError
 from ersim.steptime import ExpertModel
+from ersim.steptime.expert import FRONTEND_REL_STD
 from experiments.observe_runs import expert_model, fold
 from experiments.overheads import Observation, load_overheads
 from experiments.published_runs import Case, read_runs
@@ -36,7 +37,6 @@ from experiments.simulate_published import figures, simulate_case
 DEFAULT_RUNS = Path("../shared/data/vllm-runs")
 LEVEL = 0.90
 WIDEST = 0.25  # no interval may be wider than this share of its middle, to either side
-FRONTEND_REL_STD = 0.4
 # Published errors of other simulators on the same run and figure, percent (median or mean absolute).
 PEERS: Mapping[tuple[str, str], str] = {
     ("rtx4090_llama3.1-8b_tp1", "mean_ttft_ms"): "LLMServingSim 0.6 (KV blocks fitted; else 20.7)",

@@ -26,6 +26,7 @@ from ersim.steptime.specs import (
     load_model,
 )
 
+FRONTEND_REL_STD = 0.4  # doubt (log) of an assumed API server time; docs/accuracy.md
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16  # vLLM 0.32's defaults
 
 
@@ -47,6 +48,14 @@ class ResolvedEngine:
     scheduler_reserve_full_isl: bool
     async_scheduling: bool
     kv_cache_dtype: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """Seconds that an API server adds to a request, charged before the engine sees it."""
+
+    request_s: float = 0.0
+    per_prompt_token_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,17 @@ class ExpertModel:
             asynchronous=self.engine.async_scheduling,
             fp8_kv=self.engine.kv_cache_dtype == "fp8",
             beyond_factor=factor,
+        )
+
+    def frontend(self, rng: np.random.Generator | None = None) -> Frontend:
+        """What the API server adds: measured (in_s, out_s), or assumed (request_s) with its doubt drawn."""
+        known = self.calibration.frontend
+        if "in_s" in known:
+            return Frontend(known["in_s"] + known.get("out_s", 0.0))
+        factor = 1.0 if rng is None else float(np.exp(rng.normal(0.0, FRONTEND_REL_STD)))
+        return Frontend(
+            request_s=factor * known.get("request_s", 0.0),
+            per_prompt_token_s=factor * known.get("per_prompt_token_s", 0.0),
         )
 
     def energy(self, busy_s: float, elapsed_s: float) -> float | None:

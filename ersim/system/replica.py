@@ -19,7 +19,8 @@ import numpy.typing as npt
 from simpy import Environment
 from simpy.events import Event
 
-from ersim.engine import Engine, EngineConfig, RejectedRequest
+from ersim.engine import Engine, EngineConfig, LivelockError, RejectedRequest, Step
+from ersim.steptime import Frontend
 from ersim.system.events import Call
 from ersim.system.inflight import InFlight
 from ersim.system.log import StepLog
@@ -33,9 +34,9 @@ Ended = Callable[[InFlight, float], None]
 class Replica:
     """SimPy side of one engine. `finished(flight, time_s)` and `failed(flight, time_s, why)` are its outputs.
 
-    `step_noise` yields factors of mean 1, one per step; None for no noise. `delay_s(tokens)` is the
-    time the server's front end takes before the engine sees a request. `fast_forward` False takes
-    every step as an event of its own (needed where a balancer looks at KV blocks at any moment).
+    `step_noise` yields factors of mean 1, one per step; None for no noise. `frontend` is the time
+    that the server takes before the engine sees a request. `fast_forward` False takes every step as
+    an event of its own (needed where a balancer looks at KV blocks at any moment).
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Replica:
         failed: Callable[[InFlight, float, str], None],
         rejected: Callable[[InFlight, float, str], None],
         fast_forward: bool = True,
+        frontend: Frontend | None = None,
     ) -> None:
         self._env = env
         self._config = config
@@ -61,6 +63,8 @@ class Replica:
         self._failed = failed
         self._rejected = rejected
         self._fast_forward = fast_forward
+        self._request_s = frontend.request_s if frontend else 0.0
+        self._per_prompt_token_s = frontend.per_prompt_token_s if frontend else 0.0
         self._inbox: deque[InFlight] = deque()
         self._live: dict[int, InFlight] = {}
         self._clock_s = 0.0
@@ -97,20 +101,21 @@ class Replica:
     def submit(self, flight: InFlight, at_s: float) -> None:
         """A request arrives at `at_s`, now or a network delay from now."""
         flight.submit_s = at_s
+        ready_s = flight.ready_s = at_s + self._request_s + self._per_prompt_token_s * flight.prompt_tokens
         inbox = self._inbox
-        if inbox and inbox[-1].submit_s > at_s:
-            self._insert(flight, at_s)
+        if inbox and inbox[-1].ready_s > ready_s:
+            self._insert(flight)
         else:
             inbox.append(flight)
         if not self._busy:
-            self._wake_at(inbox[0].submit_s)
+            self._wake_at(inbox[0].ready_s)
         elif self._run_ends is not None:
-            self._cut_run(at_s)
+            self._cut_run(inbox[0].ready_s)
 
-    def _insert(self, flight: InFlight, at_s: float) -> None:
-        """Keep the inbox ordered by arrival when front-end delays differ."""
+    def _insert(self, flight: InFlight) -> None:
+        """Keep the inbox ordered: a long prompt takes the front end longer than a short one behind it."""
         later: deque[InFlight] = deque()
-        while self._inbox and self._inbox[-1].submit_s > at_s:
+        while self._inbox and self._inbox[-1].ready_s > flight.ready_s:
             later.appendleft(self._inbox.pop())
         self._inbox.append(flight)
         self._inbox.extend(later)
@@ -147,7 +152,7 @@ class Replica:
 
     def _take_arrivals(self) -> None:
         inbox, now = self._inbox, self._clock_s
-        while inbox and inbox[0].submit_s <= now:
+        while inbox and inbox[0].ready_s <= now:
             flight = inbox.popleft()
             try:
                 self._engine.add(flight)
@@ -165,11 +170,11 @@ class Replica:
         if self._fast_forward and (steps := engine.steady_steps()) >= MIN_RUN_STEPS:
             self._begin_run(steps)
             return
-        step = engine.start()
+        step = self._start()
         if step is None:
             self._busy = False
             if inbox:
-                self._wake_at(inbox[0].submit_s)
+                self._wake_at(inbox[0].ready_s)
             return
         length_s = self._step_s(step.batch)
         if self._noise_chunks is not None:
@@ -182,6 +187,17 @@ class Replica:
         self._step_end_s = self._clock_s + length_s
         self._serial += 1
         Call(self._env, max(self._step_end_s - self._env._now, 0.0), self._end, self._serial)
+
+    def _start(self) -> Step | None:
+        """The engine's next step; a request that could never run is failed instead of blocking the queue."""
+        while True:
+            try:
+                return self._engine.start()
+            except LivelockError as error:
+                flight = cast("InFlight", error.request)
+                self._engine.abort(flight)
+                del self._live[flight.request_id]
+                self._failed(flight, self._clock_s, str(error))
 
     def _end(self, event: Event) -> None:
         """The running step is over: record it, hand out what ended, go on."""
@@ -225,7 +241,14 @@ class Replica:
         self._run_steps = steps
         self._run_seqs = seqs
         self._busy = True
+        if self._inbox:  # on its way through the front end
+            self._run_steps = self._steps_until(self._inbox[0].ready_s)
         self._schedule_run_end()
+
+    def _steps_until(self, at_s: float) -> int:
+        """How many steps of the stretch there are up to the one that runs at `at_s`."""
+        assert self._run_ends is not None
+        return min(int(np.searchsorted(self._run_ends[: self._run_steps], at_s)) + 1, self._run_steps)
 
     def _schedule_run_end(self) -> None:
         assert self._run_ends is not None
@@ -235,8 +258,7 @@ class Replica:
 
     def _cut_run(self, at_s: float) -> None:
         """End the stretch with the step that runs when a request arrives at `at_s`."""
-        assert self._run_ends is not None
-        steps = int(np.searchsorted(self._run_ends[: self._run_steps], at_s)) + 1
+        steps = self._steps_until(at_s)
         if steps < self._run_steps:
             self._run_steps = steps
             self._schedule_run_end()
@@ -258,11 +280,9 @@ class Replica:
         self._run_ends = self._run_lengths = None
         if steps == 0:
             return
-        before = self._engine.blocks_used
+        blocks = self._engine.steady_blocks(steps)
         self._engine.advance(steps)
         if self._noise_chunks is not None:
             self._noise_at += steps
         self._clock_s = float(ends[-1])
-        # blocks inside a stretch grow almost linearly; only its two ends are known exactly
-        blocks = np.linspace(before, self._engine.blocks_used, steps + 1)[1:].round()
-        self.log.add_run(ends, lengths, self._run_seqs, blocks)
+        self.log.add_run(ends, lengths, self._run_seqs, np.asarray(blocks))

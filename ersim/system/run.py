@@ -12,11 +12,11 @@ from simpy import Environment
 from simpy.events import Event
 
 from ersim.config import FaultConfig, SimulationConfig
-from ersim.engine import EngineConfig, LivelockError
+from ersim.engine import EngineConfig
 from ersim.errors import SimulationError
 from ersim.results.records import COMPLETED, FAILED, REJECTED, STATUSES, Gaps
 from ersim.routing import Policy, build_balancer
-from ersim.steptime import ExpertModel
+from ersim.steptime import ExpertModel, Frontend
 from ersim.system.dispatch import decider, picker, routing_times_s, service_time
 from ersim.system.events import Call
 from ersim.system.gateway import Gateway
@@ -51,7 +51,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class RunOutput:
-    """What one replication did. `step_logs[expert][replica]` hold every engine step."""
+    """What one replication did. `step_logs[expert][replica]` hold every engine step.
+
+    beyond: per expert, how many steps lay outside its calibration's range, by what was exceeded.
+    """
 
     requests: pd.DataFrame
     gaps: Gaps
@@ -60,7 +63,7 @@ class RunOutput:
     end_s: float
     steps: int
     events: int
-    problem: str | None
+    beyond: list[dict[str, int]]
 
 
 def engine_config(expert: ExpertModel) -> EngineConfig:
@@ -100,7 +103,8 @@ class System:
 
     `step_times[e]` is expert e's step time in this replication; `known` are decisions of a static
     policy per prompt. `fast_forward` False takes every step as an event of its own, for step times
-    that depend on more than the batch. The same arguments and `seed` give the same output to the byte.
+    that depend on more than the batch. `frontends[e]` is what expert e's API server adds, None for
+    nothing. The same arguments and `seed` give the same output to the byte.
     """
 
     def __init__(
@@ -114,10 +118,13 @@ class System:
         known: Sequence[int] | None,
         seed: int,
         fast_forward: bool = True,
+        frontends: Sequence[Frontend] | None = None,
     ) -> None:
         self.env = Environment()
         self._config = config
         self._fast_forward = fast_forward
+        self._frontends = frontends
+        self._step_times = step_times
         self._names = list(config.fleet.experts)
         self._prompts = prompts
         self._log = RequestLog()
@@ -150,6 +157,7 @@ class System:
         replicas: list[list[Replica]] = []
         for index, (expert, step_time) in enumerate(zip(experts, step_times, strict=True)):
             std = expert.step_noise if self._config.uncertainty.step_noise else 0.0
+            frontend = None if self._frontends is None else self._frontends[index]
             count = self._config.fleet.experts[self._names[index]].replicas
             replicas.append(
                 [
@@ -162,6 +170,7 @@ class System:
                         self._failed,
                         self._rejected,
                         fast_forward=fast,
+                        frontend=frontend,
                     )
                     for number in range(count)
                 ]
@@ -244,18 +253,11 @@ class System:
         )
 
     def run(self) -> RunOutput:
-        """Run to the target number of requests, the time limit, or the end of the arrivals.
-
-        A livelock ends the run and is reported in `problem`; what finished before is kept.
-        """
-        problem: str | None = None
+        """Run to the target number of requests, the time limit, or the end of the arrivals."""
         limit_s = self._config.workload.max_duration_s
         if limit_s is not None:
             Call(self.env, limit_s, self._time_is_up)
-        try:
-            self._run_until_stopped()
-        except LivelockError as error:
-            problem = str(error)
+        self._run_until_stopped()
         for row in self.replicas:
             for replica in row:
                 replica.settle(self.env.now)
@@ -266,7 +268,14 @@ class System:
         end_s = float(np.nanmax(frame["last_token_s"])) if len(frame) else float(self.env.now)
         steps = sum(len(log) for row in logs for log in row)
         return RunOutput(
-            frame, Gaps.concatenate(parts), logs, self.counts(), end_s, steps, next(self.env._eid), problem
+            frame,
+            Gaps.concatenate(parts),
+            logs,
+            self.counts(),
+            end_s,
+            steps,
+            next(self.env._eid),
+            [dict(getattr(step_time, "beyond", {})) for step_time in self._step_times],
         )
 
     def _time_is_up(self, event: Event) -> None:

@@ -105,6 +105,7 @@ def test_stretches_give_the_same_run_as_single_steps(
     monkeypatch.setattr("ersim.system.replica.MIN_RUN_STEPS", 10**9)
     slow = ersim.simulate(chosen)
     pd.testing.assert_frame_equal(fast.requests, slow.requests, check_exact=True)
+    assert fast.summary == slow.summary
     for name in ("end_s", "gap_s", "count", "tokens"):
         np.testing.assert_array_equal(getattr(fast.gaps, name), getattr(slow.gaps, name))
 
@@ -180,6 +181,16 @@ def test_too_long_prompts_are_rejected_and_counted(config: Build) -> None:
     result = ersim.simulate(config(fleet=FleetConfig("short", experts=experts)))
     assert result.summary["rejected"] > 0
     assert result.summary["completed_in_all"] + result.summary["rejected"] == len(result.requests)
+
+
+def test_a_request_that_can_never_run_fails_by_name_and_the_queue_goes_on(config: Build) -> None:
+    engine = EngineSettings(kv_blocks=60, max_model_len=8192)
+    fleet = FleetConfig("tiny", experts={"only": ExpertConfig(engine=engine)})
+    result = ersim.simulate(config(fleet=fleet, users=5))
+    failed = result.requests[result.requests["status"] == "failed"]
+    assert len(failed) > 0
+    assert failed["error"].str.contains("can never be scheduled").all()
+    assert result.summary["completed_in_all"] > 50
 
 
 def test_replications_share_users_between_fleets_and_differ_from_each_other(config: Build) -> None:
