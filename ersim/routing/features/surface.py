@@ -45,8 +45,8 @@ class Surface(Features):
     The other extractors' rows have about that length too, so that none drowns another in distances.
     """
 
-    base_s = 8e-6
-    per_char_s = 35e-9
+    base_s = 20e-6
+    per_char_s = 100e-9
 
     def fit(self, texts: Sequence[str], seed: int) -> None:
         """Learn centre and spread of each count."""

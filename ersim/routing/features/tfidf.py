@@ -42,8 +42,8 @@ class TfidfSvd(Features):
     sublinear: use 1 + log(count) instead of the count.
     """
 
-    base_s = 90e-6
-    per_char_s = 60e-9
+    base_s = 60e-6
+    per_char_s = 300e-9
 
     def __init__(
         self,
