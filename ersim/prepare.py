@@ -10,8 +10,10 @@ from ersim.config import ExpertConfig, FleetConfig, PromptSetConfig, RouterConfi
 from ersim.routing import Policy, build_policy, split_prompts
 from ersim.steptime import ExpertModel, build_expert_model
 from ersim.system.dispatch import static_decisions
-from ersim.types import ExpertState, FleetState
+from ersim.types import Batch, ExpertState, FleetState
 from ersim.workload import PromptSet, load_prompt_set
+
+REFERENCE_TOKENS, REFERENCE_SEQS = 1024, 32
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,47 @@ class Preparations:
         """The fleet's experts as a policy may see them before anything runs."""
         states = []
         for name, config in fleet.experts.items():
-            slots = self.expert(config, f"fleet.experts.{name}").engine.max_num_seqs * config.replicas
-            states.append(ExpertState(name, config.model, tuple(config.domains), replicas=(), slots=slots))
+            expert = self.expert(config, f"fleet.experts.{name}")
+            price_in, price_out = token_prices_usd(expert)
+            states.append(
+                ExpertState(
+                    name=name,
+                    model=config.model,
+                    domains=tuple(config.domains),
+                    replicas=(),
+                    slots=expert.engine.max_num_seqs * config.replicas,
+                    usd_per_mtok_in=price_in,
+                    usd_per_mtok_out=price_out,
+                )
+            )
         return states
 
     def routing(self, config: SimulationConfig) -> Routing:
         """The policy of a run, fitted on the training part of the prompts with the run's seed."""
         prompts = self.prompt_set(config.workload.prompts)
         states = self.expert_states(config.fleet)
-        identity = [(state.name, state.model, state.domains, state.slots) for state in states]
+        identity = [asdict(state) for state in states]
         key = _key([asdict(config.router), identity, prompts.digest, config.seed])
         if key not in self._routing:
             self._routing[key] = _fit(config.router, states, prompts, config.seed)
         return self._routing[key]
+
+
+def token_prices_usd(expert: ExpertModel) -> tuple[float | None, float | None]:
+    """US dollars per million prompt and answer tokens when a replica is well used; None without a price.
+
+    A reference load that a router may count with, not what a run costs: prefill at 1,024 tokens a
+    step, decode at 32 sequences of 1,024 tokens of context, or as many as the replica may run.
+    """
+    if expert.usd_per_hour is None:
+        return None, None
+    step_time = expert.step_time(None)
+    tokens = min(REFERENCE_TOKENS, expert.engine.max_num_batched_tokens)
+    seqs = min(REFERENCE_SEQS, expert.engine.max_num_seqs)
+    prefill_s = step_time.step_s(Batch(tokens, 0, 0, 0, ((tokens, 0),), 1))
+    decode_s = step_time.step_s(Batch(seqs, seqs, seqs * REFERENCE_TOKENS, REFERENCE_TOKENS, (), seqs))
+    usd_per_s = expert.usd_per_hour / 3600
+    return 1e6 * usd_per_s * prefill_s / tokens, 1e6 * usd_per_s * decode_s / seqs
 
 
 def _fit(router: RouterConfig, states: Sequence[ExpertState], prompts: PromptSet, seed: int) -> Routing:
