@@ -38,8 +38,10 @@ class LiveConfig:
     """A live job.
 
     users: the loads, one run each. seconds: length of a run, warmup_s of them are not counted.
-    repeats: runs per load (medians are compared). replications: simulations per load. folder: where
-    calibrations are written and read; name: the study's name in MLflow. clients see `cores`.
+    repeats: runs per load (medians are compared). replications: simulations per load. name: the
+    study's name. folder: where calibrations and runs are written and read. measure false: nothing is
+    started, the runs that lie in `folder` are simulated again. install: copy a profile's
+    calibrations to conf/calibration, where `calibration=auto` finds them.
     """
 
     name: str = "live"
@@ -50,7 +52,7 @@ class LiveConfig:
     replications: int = 8
     folder: Optional[str] = None
     install: bool = False
-    cross_check: bool = False
+    measure: bool = True
     seed: int = 0
     fleet: Optional[FleetConfig] = None
     expert: Optional[ExpertConfig] = None

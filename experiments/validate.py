@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from ersim.config import SimulationConfig
 from ersim.errors import ConfigError, DataError, bad_value
 from ersim.prepare import Preparations
-from ersim.results import Window
+from ersim.results import Gaps, Window
 from ersim.results.compare import VALIDATED, compare
 from ersim.util.files import to_json, write_atomically, write_json
 from experiments.live_schema import (
@@ -39,13 +39,14 @@ from experiments.live_schema import (
     to_live,
 )
 from experiments.paths import conf_dir
+from testbed.drift import mean_factors, scaled, speed_factors
 from testbed.fleet import LiveFleet
 from testbed.fleet_calibration import FleetCalibration, with_calibrations
 from testbed.fleet_calibration import load as load_fleet
 from testbed.gateway.process import GatewayProcess
 from testbed.live_run import LiveRun, check_answered, gateway_settings, level_config, run_level
 from testbed.measured import measured_summary
-from testbed.measured_run import write_run
+from testbed.measured_run import read_power, read_run, read_speed, write_power, write_run
 from testbed.power import PowerLog, PowerSampler
 from testbed.predict import predicted_summary, shares
 from testbed.replay import replay
@@ -84,8 +85,11 @@ def validate(job: LiveConfig) -> dict[str, Any]:
     base = simulation(job, fleet, 1)
     base.gateway = known.gateway_config(job.gateway)
     shared = Preparations()
-    runs, power = _measure(job, base, shared, known, folder)
-    rows, summaries = _compare(job, base, shared, known, runs, power)
+    if job.measure:
+        _measure(job, base, shared, known, folder)
+    runs = _stored_runs(job, folder)
+    power = read_power(folder / "runs")
+    rows, summaries = _compare(job, base, shared, known, runs, power, folder)
     replays = _replays(folder)
     figures = _figures(job, folder, rows, replays, power, time.monotonic() - began_s)
     write_atomically(folder / "validation.csv", lambda path: rows.to_csv(path, index=False))
@@ -102,13 +106,13 @@ def _replays(folder: Path) -> dict[str, Any]:
 
 def _measure(
     job: LiveConfig, base: SimulationConfig, shared: Preparations, known: FleetCalibration, folder: Path
-) -> tuple[dict[tuple[int, int], LiveRun], PowerLog]:
-    """All loads, `repeats` times each, on one fleet and one gateway. Keys are (users, repeat)."""
+) -> None:
+    """All loads, `repeats` times each, on one fleet and one gateway, into runs/u<users>r<repeat>/."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    runs: dict[tuple[int, int], LiveRun] = {}
     with LiveFleet(base.fleet, folder / "runs", say) as live:
         settings = gateway_settings(base, shared, live, folder / "runs")
         with GatewayProcess(settings, folder / "runs") as gateway, PowerSampler() as power:
+            before = speed_factors(base, shared, live, 90_000)
             for repeat in range(job.repeats):
                 for users in job.users:
                     say(f"live: {users} users for {job.seconds:g} s")
@@ -117,9 +121,16 @@ def _measure(
                     run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag)
                     check_answered(run)
                     _check_version(run, known)
-                    write_run(run, level, folder / "runs" / tag)
-                    runs[users, repeat] = run
-    return runs, power.log
+                    after = speed_factors(base, shared, live, 90_000 + 10 * len(job.users) * repeat + users)
+                    write_run(run, level, folder / "runs" / tag, mean_factors(before, after))
+                    before = after
+    write_power(power.log, folder / "runs")
+
+
+def _stored_runs(job: LiveConfig, folder: Path) -> dict[tuple[int, int], tuple[pd.DataFrame, Gaps]]:
+    """The measured runs, by (users, repeat)."""
+    keys = [(users, repeat) for repeat in range(job.repeats) for users in job.users]
+    return {key: read_run(folder / "runs" / f"u{key[0]}r{key[1]}") for key in keys}
 
 
 def recorded_config(path: Path) -> SimulationConfig:
@@ -149,8 +160,9 @@ def _compare(
     base: SimulationConfig,
     shared: Preparations,
     known: FleetCalibration,
-    runs: Mapping[tuple[int, int], LiveRun],
+    runs: Mapping[tuple[int, int], tuple[pd.DataFrame, Gaps]],
     power: PowerLog,
+    folder: Path,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """One row per load and metric, and both summaries per load."""
     window = Window(job.warmup_s, job.seconds, True)
@@ -158,16 +170,32 @@ def _compare(
     summaries: dict[str, Any] = {}
     for users in job.users:
         measured = [
-            measured_summary(run.requests, run.gaps, window, base.objective, power)
-            for (level, _), run in runs.items()
+            measured_summary(frame, gaps, window, base.objective, power)
+            for (level, _), (frame, gaps) in runs.items()
             if level == users
         ]
         say(f"simulating {users} users")
         level = level_config(base, users, job.seconds)
-        told, _ = predicted_summary(level, shared, known, window, job.replications)
+        speed = _speed(job, folder, users)
+        now = dataclasses.replace(known, base=scaled(known.base, speed), slowdowns=_slower(known, speed))
+        told, _ = predicted_summary(level, shared, now, window, job.replications)
         rows += _rows(users, measured, told, list(base.fleet.experts))
-        summaries[str(users)] = {"measured": measured, "predicted": told}
+        summaries[str(users)] = {"measured": measured, "predicted": told, "speed": speed}
     return pd.DataFrame(rows), summaries
+
+
+def _speed(job: LiveConfig, folder: Path, users: int) -> dict[str, float]:
+    """The machine's speed during the runs of one load, by expert: median over the repeats."""
+    each = [read_speed(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
+    return {name: float(np.median([one[name] for one in each])) for name in each[0]}
+
+
+def _slower(known: FleetCalibration, speed: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Slow-downs by neighbours at the machine's present speed."""
+    return {
+        name: {other: value * speed.get(name, 1.0) for other, value in row.items()}
+        for name, row in known.slowdowns.items()
+    }
 
 
 def _rows(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import numpy as np
 import pandas as pd
 
 from ersim.config import SimulationConfig
+from ersim.errors import DataError
+from ersim.results import Gaps, check_requests
 from ersim.util.files import write_atomically, write_json
 from testbed.live_run import LiveRun
+from testbed.power import PowerLog
 from testbed.step_log import StepLog
 
 
@@ -35,12 +40,57 @@ def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def read_run(folder: Path) -> tuple[pd.DataFrame, Gaps]:
+    """Requests and gaps of a run that `write_run` wrote. Raises DataError naming what is missing."""
+    try:
+        requests = pd.read_parquet(folder / "requests.parquet")
+        stored = pd.read_parquet(folder / "gaps.parquet")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: not a whole measured run ({error}); measure it again") from error
+    frame = check_requests(requests, str(folder / "requests.parquet"))
+    gaps = Gaps(**{item.name: stored[item.name].to_numpy() for item in dataclasses.fields(Gaps)})
+    return frame, gaps
+
+
+def read_speed(folder: Path) -> dict[str, float]:
+    """The machine's speed around a run, by expert; empty when it was not measured."""
+    path = folder / "run.json"
+    try:
+        speed: dict[str, float] = json.loads(path.read_text(encoding="utf-8")).get("speed", {})
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not the run.json of a measured run ({error}); measure it again") from error
+    return speed
+
+
+def write_power(power: PowerLog, folder: Path) -> None:
+    """Write power.parquet, or power.json with the reason why there are no samples."""
+    if power.rows:
+        _parquet(power.frame(), folder / "power.parquet")
+    else:
+        write_json(folder / "power.json", {"absent": power.absent})
+
+
+def read_power(folder: Path) -> PowerLog:
+    """What `write_power` wrote; an empty log when nothing was written."""
+    if (folder / "power.parquet").is_file():
+        rows = pd.read_parquet(folder / "power.parquet").itertuples(index=False, name=None)
+        return PowerLog(list(rows))
+    if (folder / "power.json").is_file():
+        return PowerLog(absent=json.loads((folder / "power.json").read_text(encoding="utf-8"))["absent"])
+    return PowerLog(absent="not measured")
+
+
 def _parquet(frame: pd.DataFrame, path: Path) -> None:
     write_atomically(path, lambda temporary: frame.to_parquet(temporary, index=False, compression="zstd"))
 
 
-def write_run(run: LiveRun, config: SimulationConfig, folder: Path) -> None:
-    """Write requests.parquet, gaps.parquet, steps_<expert>.parquet and run.json."""
+def write_run(
+    run: LiveRun, config: SimulationConfig, folder: Path, speed: Mapping[str, float] | None = None
+) -> None:
+    """Write requests.parquet, gaps.parquet, steps_<expert>.parquet and run.json.
+
+    speed: recorded over predicted step time by expert around the run (see `testbed.drift`).
+    """
     _parquet(run.requests, folder / "requests.parquet")
     gaps = {key: np.asarray(value) for key, value in dataclasses.asdict(run.gaps).items()}
     _parquet(pd.DataFrame(gaps), folder / "gaps.parquet")
@@ -52,6 +102,7 @@ def write_run(run: LiveRun, config: SimulationConfig, folder: Path) -> None:
             "users": run.users,
             "duration_s": run.load.end_s - run.load.start_s,
             "unfinished": run.load.unfinished,
+            "speed": dict(speed or {}),
             "engines": {name: dict(log.meta) for name, log in run.logs.items()},
             "config": dataclasses.asdict(config),
         },
