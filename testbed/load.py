@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,12 +65,21 @@ class RequestRecord:
 
 @dataclass
 class LoadResult:
-    """All requests that ended, in the order in which they ended, and the run's own clock."""
+    """All requests that ended, in the order in which they ended, and the run's own clock.
+
+    under_way: requests cut off by the run's end; the tokens they got count for throughput, as a
+    simulated run counts them.
+    """
 
     records: list[RequestRecord]
     start_s: float
     end_s: float
-    unfinished: int
+    under_way: list[RequestRecord]
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests were cut off."""
+        return len(self.under_way)
 
 
 class Client:
@@ -88,6 +98,7 @@ class Client:
         self._prompts = prompts
         self._tokens = tokens
         self._tag = tag
+        self.under_way: dict[int, RequestRecord] = {}
 
     def body(self, request: Request) -> dict[str, Any]:
         """The completion request: exact prompt and answer lengths, token ids in the stream."""
@@ -113,6 +124,7 @@ class Client:
             headers["Authorization"] = f"Bearer {self._settings.api_key}"
         payload = json.dumps(self.body(request)).encode()
         record = RequestRecord(request, tag, time.monotonic())
+        self.under_way[request.request_id] = record
         try:
             async with self._session.post(
                 f"{self._settings.url}/v1/completions", data=payload, headers=headers
@@ -120,6 +132,7 @@ class Client:
                 await self._read(answer, record)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             record.status, record.error = FAILED, f"{type(error).__name__}: {error}"[:200]
+        del self.under_way[request.request_id]
         if record.last_s is None:
             record.last_s = time.monotonic()
         return record
@@ -171,7 +184,6 @@ class LoadRun:
         self._settings = settings
         self._progress = progress
         self._records: list[RequestRecord] = []
-        self._in_flight = 0
         self._full = asyncio.Event()
 
     async def run(self) -> LoadResult:
@@ -185,9 +197,9 @@ class LoadRun:
         )
         full.cancel()
         end_s = time.monotonic()
-        unfinished = self._in_flight
+        under_way = [copy(record) for record in self._client.under_way.values()]
         await self._stop(task)
-        return LoadResult(list(self._records), start_s, end_s, unfinished)
+        return LoadResult(list(self._records), start_s, end_s, under_way)
 
     async def _stop(self, task: asyncio.Future[None]) -> None:
         if task.done():
@@ -197,11 +209,7 @@ class LoadRun:
         await asyncio.gather(task, return_exceptions=True)
 
     async def _one(self, request: Request) -> None:
-        self._in_flight += 1
-        try:
-            record = await self._client.send(request)
-        finally:
-            self._in_flight -= 1
+        record = await self._client.send(request)
         if self._full.is_set():
             return
         self._records.append(record)

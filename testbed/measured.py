@@ -96,7 +96,7 @@ def token_gaps(load: LoadResult) -> Gaps:
         counts.append(count)
         tokens.append(arrived)
 
-    for record in load.records:
+    for record in [*load.records, *load.under_way]:
         previous: float | None = None
         for now, arrived in zip(record.chunk_s, record.chunk_tokens, strict=True):
             if previous is None:
