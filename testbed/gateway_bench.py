@@ -100,9 +100,6 @@ def _inside(path: Path) -> dict[str, float]:
 
 def bench(rate: float, seconds: float, core: int | None) -> dict[str, Any]:
     """Run both ways and compare."""
-    others = os.sched_getaffinity(0) - {core}
-    if core is not None and others:
-        os.sched_setaffinity(0, others)  # stub and client leave the gateway's core alone
     prompts = load_prompt_set(PromptSetConfig()).prompts
     texts = [prompt.text for prompt in prompts]
     with tempfile.TemporaryDirectory() as folder_name:
