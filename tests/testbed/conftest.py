@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from ersim.routing import ExpertProfile, create_policy
+from ersim.routing import ExpertProfile, Policy, create_policy
 from testbed.expert_server import free_port
 from testbed.gateway.app import Gateway, build_gateway
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
@@ -43,11 +43,11 @@ async def serve(stack: AsyncExitStack, app: web.Application, port: int) -> web.A
 
 @pytest.fixture
 async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """Factory: `await make_gateway(experts=2, policy="round_robin", **settings)`."""
+    """Factory: `await make_gateway(experts=2, policy=name_or_fitted, **settings)`; experts are e0, e1 ..."""
     async with AsyncExitStack() as stack:
 
         async def make(
-            experts: int = 2, policy: str = "round_robin", slots: int = 64, **options: Any
+            experts: int = 2, policy: str | Policy = "round_robin", slots: int = 64, **options: Any
         ) -> Setup:
             stubs = [Stub() for _ in range(experts)]
             ports = [free_port() for _ in range(experts)]
@@ -66,7 +66,9 @@ async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
                 for i, port in enumerate(ports)
             ]
             path = tmp_path / "policy.bin"
-            create_policy(policy, [ExpertProfile(e.name, "m") for e in endpoints], {}).save(path)
+            if isinstance(policy, str):
+                policy = create_policy(policy, [ExpertProfile(e.name, "m") for e in endpoints], {})
+            policy.save(path)
             log = tmp_path / "access.jsonl"
             settings = GatewaySettings(
                 experts=endpoints, policy_path=str(path), port=free_port(), access_log=str(log),
