@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ersim.config import RouterConfig
-from ersim.errors import DataError
+from ersim.errors import DataError, bad_value
 from ersim.routing.policy import ExpertProfile, Policy, plain
 from ersim.routing.registry import create_policy
 from ersim.routing.storage import load_policy
 from ersim.types import ExpertState, Prompt
+
+SAVED = "saved"
+"""The name that stands for a policy from a file (conf/router/saved.yaml)."""
 
 
 def build_policy(
@@ -26,6 +29,8 @@ def build_policy(
     With `config.policy_path` the policy is loaded and not fitted; `config.params` may then only
     hold run-time settings that the policy's `adjust` takes (a threshold, a target).
     """
+    if config.policy == SAVED and config.policy_path is None:
+        raise bad_value("router.policy_path", "the file that ersim-route fit wrote", None)
     profiles = [ExpertProfile.of(expert) for expert in experts]
     if config.policy_path is not None:
         policy = load_policy(config.policy_path, [profile.name for profile in profiles])

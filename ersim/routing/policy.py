@@ -124,7 +124,8 @@ class Policy:
         """Change run-time settings (a threshold) without training; ConfigError if there are none."""
         if settings:
             raise ConfigError(
-                f"policy {self.name} has no run-time setting, got {sorted(settings)}; fit it again"
+                f"policy {self.name} has no run-time setting, got {sorted(settings)}; "
+                "fit it again, or use it as it is with router=saved (router.params={})"
             )
 
     def save(self, path: Path | str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from ersim.config import RouterConfig
 from ersim.errors import ConfigError, DataError
 from ersim.routing import build_policy, load_policy, split_prompts
-from ersim.types import FleetState, Prompt
+from ersim.types import ExpertState, FleetState, Prompt
 
 
 def build(fleet: FleetState, prompts: list[Prompt], **config):  # type: ignore[no-untyped-def]
@@ -114,3 +114,9 @@ def test_split_keeps_equal_texts_together(make_prompts) -> None:  # type: ignore
     assert [len(part) for part in split_prompts(prompts, 1.0, 0)] == [180, 180]
     with pytest.raises(ConfigError, match="train_fraction"):
         split_prompts(prompts, 1.2, 0)
+
+
+def test_saved_without_a_file_asks_for_one() -> None:
+    state = ExpertState("a", "m", (), (), 1)
+    with pytest.raises(ConfigError, match=r"router\.policy_path must be the file that ersim-route fit wrote"):
+        build_policy(RouterConfig(policy="saved"), [state], [], 0)
