@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ersim.engine import EngineConfig
 from ersim.types import Segment
@@ -169,7 +170,7 @@ def _draw_config(rng: random.Random, knobs: Knobs) -> EngineConfig:
     max_model_len = rng.choice([256, 512, 1024, 2048])
     seqs = rng.choice([1, 2, 4, 8, 16, 64, 256])
     budget = rng.choice([seqs, seqs + 3, 32, 64, 100, 256, 1024, 4096])
-    drawn: dict[str, object] = {
+    drawn: dict[str, Any] = {
         "max_num_seqs": seqs,
         "max_num_batched_tokens": budget,
         "max_model_len": max_model_len,
@@ -184,13 +185,10 @@ def _draw_config(rng: random.Random, knobs: Knobs) -> EngineConfig:
         "async_scheduling": rng.random() < 0.5,
     }
     drawn.update(knobs.config)
-    drawn["max_num_batched_tokens"] = max(drawn["max_num_batched_tokens"], drawn["max_num_seqs"])  # type: ignore[type-var]
+    drawn["max_num_batched_tokens"] = max(drawn["max_num_batched_tokens"], drawn["max_num_seqs"])
     if not drawn["enable_chunked_prefill"]:
-        drawn["max_num_batched_tokens"] = max(
-            drawn["max_num_batched_tokens"],  # type: ignore[type-var]
-            drawn["max_model_len"],
-        )
-    return EngineConfig(**drawn)  # type: ignore[arg-type]
+        drawn["max_num_batched_tokens"] = max(drawn["max_num_batched_tokens"], drawn["max_model_len"])
+    return EngineConfig(**drawn)
 
 
 def _draw_events(rng: random.Random, knobs: Knobs, config: EngineConfig) -> list[Event]:
