@@ -25,6 +25,9 @@ WORD = re.compile(r"[^\W\d_]{2,}")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 NUMBER_TOKEN = "<number>"
 SCALES = ("standard", "unit")
+Weights = tuple[list[int], list[float]]
+"""Columns and tf-idf weights of one text's known words."""
+
 SMALL = 1_000
 """Up to that many training texts the SVD is dense."""
 
@@ -63,9 +66,18 @@ class TfidfSvd(Features):
 
     def fit(self, texts: Sequence[str], seed: int) -> None:
         """Learn vocabulary, document frequencies and the SVD; DataError if no word is left."""
+        self._learn(texts, seed)
+
+    def fit_transform(self, texts: Sequence[str], seed: int) -> Rows:
+        """`fit`, then `transform` of the same texts without reading them again."""
+        return self._rows(self._learn(texts, seed))
+
+    def _learn(self, texts: Sequence[str], seed: int) -> list[Weights]:
+        """Learn everything; the texts' tf-idf weights come out on the way."""
         counts = [self._count(text) for text in texts]
         self._learn_vocabulary(counts)
-        matrix = self._matrix(counts)
+        weights = [self._weights(count) for count in counts]
+        matrix = self._matrix(weights)
         self._learn_components(matrix, seed)
         raw = np.asarray(matrix @ self._components)
         self._centre = np.zeros(raw.shape[1])
@@ -74,12 +86,15 @@ class TfidfSvd(Features):
             self._centre = raw.mean(axis=0)
             spread = raw.std(axis=0)
             self._spread = np.where(spread > 1e-12, spread, 1.0) * math.sqrt(raw.shape[1])
+        return weights
 
     def transform(self, texts: Sequence[str]) -> Rows:
         """Rows in training units; a text without a known word gives the row of an empty text."""
-        rows = np.zeros((len(texts), self._components.shape[1]))
-        for index, text in enumerate(texts):
-            columns, values = self._weights(self._count(text))
+        return self._rows([self._weights(self._count(text)) for text in texts])
+
+    def _rows(self, weights: Sequence[Weights]) -> Rows:
+        rows = np.zeros((len(weights), self._components.shape[1]))
+        for index, (columns, values) in enumerate(weights):
             if columns:
                 rows[index] = np.asarray(values) @ self._components[columns]
         if self.scale == "unit":
@@ -111,7 +126,7 @@ class TfidfSvd(Features):
         self._column = {word: column for column, (_, word) in enumerate(kept)}
         self._idf = [math.log((1 + len(counts)) / (1 + n)) + 1.0 for n, _ in kept]
 
-    def _weights(self, count: Counter[str]) -> tuple[list[int], list[float]]:
+    def _weights(self, count: Counter[str]) -> Weights:
         """Columns and tf-idf weights of one text, scaled to length 1."""
         columns: list[int] = []
         values: list[float] = []
@@ -127,12 +142,11 @@ class TfidfSvd(Features):
         length = math.sqrt(square) or 1.0
         return columns, [value / length for value in values]
 
-    def _matrix(self, counts: Sequence[Counter[str]]) -> Any:
+    def _matrix(self, weights: Sequence[Weights]) -> Any:
         """Tf-idf weights, shape (texts, words): dense for few texts (scipy is slow to import), else CSR."""
-        if len(counts) <= SMALL:
-            dense = np.zeros((len(counts), len(self._column)))
-            for row, count in enumerate(counts):
-                row_columns, row_values = self._weights(count)
+        if len(weights) <= SMALL:
+            dense = np.zeros((len(weights), len(self._column)))
+            for row, (row_columns, row_values) in enumerate(weights):
                 dense[row, row_columns] = row_values
             return dense
         from scipy.sparse import csr_array
@@ -140,12 +154,11 @@ class TfidfSvd(Features):
         columns: list[int] = []
         values: list[float] = []
         starts = [0]
-        for count in counts:
-            row_columns, row_values = self._weights(count)
+        for row_columns, row_values in weights:
             columns += row_columns
             values += row_values
             starts.append(len(columns))
-        return csr_array((values, columns, starts), shape=(len(counts), len(self._column)))
+        return csr_array((values, columns, starts), shape=(len(weights), len(self._column)))
 
     def _learn_components(self, matrix: Any, seed: int) -> None:
         """Right singular vectors, shape (words, dims), largest first, signs fixed."""

@@ -65,8 +65,7 @@ class Cluster(Policy):
         if not prompts:
             raise DataError("router.policy cluster needs training prompts: set router.train_fraction above 0")
         texts = [prompt.text for prompt in prompts]
-        self.features.fit(texts, seed)
-        rows = self.features.transform(texts)
+        rows = self.features.fit_transform(texts, seed)
         count = self._sweep(prompts, rows, seed) if self.clusters == "sweep" else self._count(prompts)
         self._fit_clusters(prompts, rows, count, seed)
 

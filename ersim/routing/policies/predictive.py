@@ -76,8 +76,7 @@ class Predictive(Policy):
         """Learn each expert's quality; a prompt without an expert's label counts with its mean."""
         quality = filled_quality(quality_matrix(prompts, self.profiles, required=True))
         texts = [prompt.text for prompt in prompts]
-        self.features.fit(texts, seed)
-        self.predictor.fit(self.features.transform(texts), quality, seed)
+        self.predictor.fit(self.features.fit_transform(texts, seed), quality, seed)
 
     def quality(self, queries: Sequence[RoutingQuery]) -> Scores:
         """Predicted quality alone, shape (len(queries), experts)."""

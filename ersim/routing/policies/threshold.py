@@ -65,8 +65,7 @@ class Threshold(TwoTier):
         used = [prompt for prompt, keep in zip(prompts, known, strict=True) if keep]
         strong, weak = filled_quality(quality[known]).T
         texts = [prompt.text for prompt in used]
-        self.features.fit(texts, seed)
-        rows = self.features.transform(texts)
+        rows = self.features.fit_transform(texts, seed)
         self.predictor.fit_gap(rows, strong, weak, seed)
         self._calibrate(self._left_out(rows, strong, weak, text_groups(used), seed), (strong, weak))
 
