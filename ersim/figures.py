@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from ersim.config import SimulationConfig
+from ersim.prepare import Routing
 from ersim.results import Window, breakdown, in_window, quality, summarise
 from ersim.results.records import COMPLETED
 from ersim.steptime import ExpertModel
@@ -23,8 +24,9 @@ def run_figures(
     prompts: Sequence[Prompt],
     output: RunOutput,
     window: Window,
+    routing: Routing,
 ) -> dict[str, Any]:
-    """All figures of one replication."""
+    """All figures of one replication; `routing` says what the policy preferred."""
     objective = config.objective
     figures = summarise(
         output.requests,
@@ -43,6 +45,7 @@ def run_figures(
     tokens = (figures["output_throughput"] or 0.0) * window.duration_s
     figures["joules_per_output_token"] = energy / tokens if energy is not None and tokens else None
     figures.update(_routing(config, experts, prompts, in_window(output.requests, window), figures))
+    figures.update(_price_of_load(routing, config, in_window(output.requests, window)))
     figures["per_expert"] = per_expert
     figures["per_domain"] = breakdown(output.requests, window, "domain")
     return figures
@@ -109,7 +112,7 @@ def _routing(
     domains = sorted({prompt.domain for prompt in asked})
     domain = np.array([domains.index(prompt.domain) for prompt in asked], dtype=np.int64)
     serves = np.array([[name in one.domains for name in domains] for one in configs], dtype=bool)
-    labels = _labels(asked, [one.model for one in configs])
+    labels = _labels(asked, names, [one.model for one in configs])
     score = labels[np.arange(len(expert)), expert] if len(expert) else np.empty(0)
     sizes = [expert_model.model.params for expert_model in experts]
     strong = np.array([size == max(sizes) for size in sizes])
@@ -127,7 +130,30 @@ def _routing(
     }
 
 
-def _labels(asked: Sequence[Prompt], models: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Graded quality of each expert's answer to each request, NaN where unknown; (requests, experts)."""
-    rows = [[prompt.quality.get(model, np.nan) for model in models] for prompt in asked]
-    return np.array(rows, dtype=np.float64).reshape(len(asked), len(models))
+def _price_of_load(routing: Routing, config: SimulationConfig, inside: pd.DataFrame) -> dict[str, Any]:
+    """How often load moved a request away from the policy's choice, and the score that this gave up.
+
+    In the policy's own units: expected quality (0 to 1) for policies that learnt from labels. None
+    for policies that load does not move.
+    """
+    if routing.preferred is None:
+        return {"spilled_share": None, "quality_given_up": None}
+    done = inside[inside["status"] == COMPLETED]
+    index = {name: i for i, name in enumerate(config.fleet.experts)}
+    expert = done["expert"].map(index).to_numpy(dtype=np.int64)
+    asked = done["prompt_index"].to_numpy(dtype=np.int64)
+    first = routing.preferred[asked]
+    return {
+        "spilled_share": quality.spilled_share(expert, first),
+        "quality_given_up": quality.quality_given_up(routing.scores[asked], expert, first),
+    }
+
+
+def _labels(asked: Sequence[Prompt], names: Sequence[str], models: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Graded quality of each expert's answer to each request, NaN where unknown; (requests, experts).
+
+    As for the router: a label under the expert's own name wins over one under its model's.
+    """
+    pairs = list(zip(names, models, strict=True))
+    rows = [[prompt.quality.get(n, prompt.quality.get(m, np.nan)) for n, m in pairs] for prompt in asked]
+    return np.array(rows, dtype=np.float64).reshape(len(asked), len(pairs))

@@ -6,10 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from ersim.config import ExpertConfig, FleetConfig, PromptSetConfig, RouterConfig, SimulationConfig
 from ersim.routing import Policy, build_policy, split_prompts
 from ersim.steptime import ExpertModel, build_expert_model
-from ersim.system.dispatch import static_decisions
+from ersim.system.dispatch import queries, static_decisions
 from ersim.types import Batch, ExpertState, FleetState
 from ersim.workload import PromptSet, load_prompt_set
 
@@ -18,11 +21,17 @@ REFERENCE_TOKENS, REFERENCE_SEQS = 1024, 32
 
 @dataclass(frozen=True)
 class Routing:
-    """A fitted policy, the prompts that may be asked, and its decisions where they are static."""
+    """A fitted policy, the prompts that may be asked, and what it thinks of every prompt.
+
+    known: the expert of each prompt where decisions are static. scores: the policy's scores, shape
+    (prompts, experts). preferred: its choice per prompt without load, for a policy that load moves.
+    """
 
     policy: Policy
     ask: Sequence[int]
     known: Sequence[int] | None
+    scores: npt.NDArray[np.float64]
+    preferred: npt.NDArray[np.intp] | None
 
 
 class Preparations:
@@ -101,7 +110,9 @@ def _fit(router: RouterConfig, states: Sequence[ExpertState], prompts: PromptSet
     if policy.sees_asked:  # the oracle alone
         policy.reveal(prompts.prompts)
     asked = [int(index) for index in ask] or list(range(len(prompts.prompts)))
-    return Routing(policy, asked, static_decisions(policy, prompts.prompts, FleetState(states)))
+    scores = np.asarray(policy.score(queries(prompts.prompts)))
+    known = static_decisions(policy, scores, FleetState(states))
+    return Routing(policy, asked, known, scores, policy.decide(scores) if policy.trades_quality else None)
 
 
 def _key(value: object) -> str:

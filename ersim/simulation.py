@@ -71,12 +71,13 @@ def simulate(config: SimulationConfig, preparations: Preparations | None = None)
         shared.expert(expert, f"fleet.experts.{name}") for name, expert in config.fleet.experts.items()
     ]
     prompts = shared.prompt_set(config.workload.prompts).prompts
+    routing = shared.routing(config)
     summaries: list[dict[str, Any]] = []
     first: tuple[RunOutput, Window] | None = None
     while not _enough(config, summaries):
         output = replicate(config, shared, experts, len(summaries))
         window = measurement_window(output, config)
-        summaries.append(run_figures(config, experts, prompts, output, window))
+        summaries.append(run_figures(config, experts, prompts, output, window, routing))
         first = first or (output, window)
     assert first is not None
     output, window = first
@@ -117,6 +118,7 @@ def replicate(
         None if config.faults else routing.known,  # who is down is not known beforehand
         seed,
         frontends=[expert.frontend(_draw(seed, 7, sample)) for expert in experts],
+        scores=routing.scores,
     )
     output = system.run()
     if not output.counts.balanced:

@@ -25,6 +25,8 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("mean_score", "answer quality (share correct)", ".1%"),
     ("misroute_rate_by_domain", "sent to another domain's expert", ".1%"),
     ("strong_call_share", "sent to the largest model", ".1%"),
+    ("spilled_share", "spilled to another expert", ".1%"),
+    ("quality_given_up", "score given up by spilling", ".4f"),
     ("load_imbalance", "busiest expert over mean", ",.2f"),
     ("preemptions", "preemptions", ",.0f"),
     ("prefix_hit_rate", "prefix cache hit rate", ".1%"),

@@ -56,6 +56,8 @@ class Policy:
     needs_labels: `fit` needs answer quality in the prompts.
     sees_asked: the policy must be shown the prompts that will be asked, with their labels, by
         `reveal`; only the oracle does so, and only evaluation and simulation call it.
+    trades_quality: load may move a request away from the expert that `decide` names, at a loss of
+        score that simulations then report.
     routing_base_s, routing_per_char_s: seconds that one decision takes at batch 1, measured
         (docs/routing.md says with which command); `max_chars` bounds what is read of a prompt.
     """
@@ -64,6 +66,7 @@ class Policy:
     static: bool = True
     needs_labels: ClassVar[bool] = False
     sees_asked: ClassVar[bool] = False
+    trades_quality: bool = False
     routing_base_s: float = 2e-6
     routing_per_char_s: float = 0.0
     max_chars: int = 20_000

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ersim.config import GatewayConfig
 from ersim.errors import SimulationError
 from ersim.routing import Balancer, Policy
 from ersim.system.inflight import InFlight
 from ersim.types import FleetState, Prompt, ReplicaState, RoutingQuery
+
+Floats = npt.NDArray[np.float64]
 
 
 def routing_times_s(config: GatewayConfig, policy: Policy, prompts: Sequence[Prompt]) -> list[float]:
@@ -42,25 +45,34 @@ def queries(prompts: Sequence[Prompt]) -> list[RoutingQuery]:
     return [RoutingQuery(prompt.text, prompt.prompt_tokens) for prompt in prompts]
 
 
-def static_decisions(policy: Policy, prompts: Sequence[Prompt], fleet: FleetState) -> list[int] | None:
-    """The expert of every prompt for a static policy; None for one that looks at the fleet."""
+def static_decisions(policy: Policy, scores: Floats, fleet: FleetState) -> list[int] | None:
+    """The expert of every prompt for a static policy; None for one that looks at the fleet.
+
+    scores: the policy's scores, shape (prompts, experts).
+    """
     if not policy.static:
         return None
-    scores = policy.score(queries(prompts))
     return [policy.choose(row, fleet).expert for row in scores]
 
 
 def decider(
-    policy: Policy, prompts: Sequence[Prompt], fleet: FleetState, known: Sequence[int] | None
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    fleet: FleetState,
+    known: Sequence[int] | None,
+    scores: Floats | None = None,
 ) -> Callable[[InFlight], int]:
-    """The function that names a request's expert; `known` are the decisions made beforehand."""
+    """The function that names a request's expert; `known` are the decisions made beforehand.
+
+    scores: the policy's scores per prompt if they are at hand; else the policy is asked, once.
+    """
     count = len(fleet.experts)
     if known is not None:
         return lambda flight: known[flight.request.prompt_index]
-    scores = np.asarray(policy.score(queries(prompts)))
+    rows = np.asarray(policy.score(queries(prompts))) if scores is None else scores
 
     def decide(flight: InFlight) -> int:
-        chosen = policy.choose(scores[flight.request.prompt_index], fleet).expert
+        chosen = policy.choose(rows[flight.request.prompt_index], fleet).expert
         if not 0 <= chosen < count:
             raise SimulationError(f"policy {policy.name} chose expert {chosen} of {count}")
         return chosen

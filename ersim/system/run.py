@@ -104,7 +104,8 @@ class System:
     `step_times[e]` is expert e's step time in this replication; `known` are decisions of a static
     policy per prompt. `fast_forward` False takes every step as an event of its own, for step times
     that depend on more than the batch. `frontends[e]` is what expert e's API server adds, None for
-    nothing. The same arguments and `seed` give the same output to the byte.
+    nothing. `scores` are the policy's scores per prompt, where known. The same arguments and `seed`
+    give the same output to the byte.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class System:
         seed: int,
         fast_forward: bool = True,
         frontends: Sequence[Frontend] | None = None,
+        scores: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.env = Environment()
         self._config = config
@@ -141,7 +143,7 @@ class System:
             queue_limit=config.gateway.queue_limit,
             backend_network_s=config.gateway.backend_network_s,
             service_s=service_time(config.gateway, routing_s),
-            decide=decider(policy, prompts, fleet, known),
+            decide=decider(policy, prompts, fleet, known, scores),
             pick=picker(balancers, self.replicas),
             replicas=self.replicas,
             reject=self._turned_away,

@@ -70,6 +70,7 @@ class Predictive(Policy):
                 raise bad_value(f"router.params.{key}", ">= 0", value)
             setattr(self, key, float(value))
         self.static = self.load_weight == 0.0
+        self.trades_quality = not self.static
         self.cost = self._relative_prices()
 
     def fit(self, prompts: Sequence[Prompt], seed: int) -> None:

@@ -38,6 +38,7 @@ class Spill(Policy):
 
     name = "spill"
     static = False
+    trades_quality = True
 
     def __init__(
         self,
