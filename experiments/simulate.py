@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 
 from ersim.errors import ErsimError
 from ersim.util.files import to_json
+from experiments.composition import quicken
 from experiments.paths import conf_dir
 from experiments.schema import register
 
@@ -45,15 +46,6 @@ def _task(config: DictConfig) -> None:
     show_single(config, summary, folder)
 
 
-def list_calibrations() -> None:
-    """`ersim calibration=list`: what step times are known, from where, how well; figures as JSON last."""
-    import json
-
-    from experiments.calibrate import show_list
-
-    print(json.dumps({"calibrations": show_list()}))
-
-
 def main() -> None:
     """Run the command line in sys.argv; `calibration=list` shows what there is and simulates nothing."""
     if "calibration=list" in sys.argv[1:]:
@@ -66,10 +58,8 @@ def main() -> None:
     except ErsimError as error:
         print(f"ersim: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    if sys.argv[1:] == ["calibration=list"]:
-        list_calibrations()
-        return
     register()
+    quicken()
     command = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(_task)
     try:
         command()

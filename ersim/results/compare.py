@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit  # scipy.stats alone takes half a second to import
+
+from ersim.results.student import t_quantile
 
 VALIDATED = (
     "request_throughput",
@@ -86,6 +87,6 @@ def difference(
         return None
     ratios = np.array([(x - y) / scale for x, y in known])
     mean = float(ratios.mean())
-    quantile = float(stdtrit(len(ratios) - 1, 0.5 + level / 2))
+    quantile = t_quantile(len(ratios) - 1, 0.5 + level / 2)
     half = quantile * float(ratios.std(ddof=1)) / math.sqrt(len(ratios))
     return Difference(metric, mean, mean - half, mean + half)

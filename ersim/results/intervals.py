@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit  # scipy.stats alone takes half a second to import
+
+from ersim.results.student import t_quantile
 
 # Figures that stop the automatic choice of replications once their mean is known well enough.
 PRECISION_KEYS = ("output_throughput", "median_e2el_ms")
@@ -32,7 +33,7 @@ def prediction_interval(values: Sequence[float], level: float) -> tuple[float, f
     if n < 2:
         return None
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = float(stdtrit(n - 1, 0.5 + level / 2)) * deviation * math.sqrt(1 + 1 / n)
+    half = t_quantile(n - 1, 0.5 + level / 2) * deviation * math.sqrt(1 + 1 / n)
     low = mean - half
     return (max(low, 0.0) if min(values) >= 0 else low), mean + half
 
@@ -45,7 +46,7 @@ def mean_is_known(summaries: Sequence[Mapping[str, Any]], precision: float, leve
         if len(values) < n or n < 2:
             return False
         mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-        half = float(stdtrit(n - 1, 0.5 + level / 2)) * deviation / math.sqrt(n)
+        half = t_quantile(n - 1, 0.5 + level / 2) * deviation / math.sqrt(n)
         if half > precision * abs(mean):
             return False
     return True

@@ -1,0 +1,86 @@
+"""Hydra made quick to start: YAML is read and written by libyaml, and a run is composed once.
+
+Hydra composes every configuration twice, once only to learn whether it is a sweep, and OmegaConf
+reads YAML in pure Python: together more than half a second before a run begins. Nothing else of
+either changes; what they do not offer in this form (another version, PyYAML without libyaml)
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import yaml
+from hydra._internal import hydra as hydra_core
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
+from omegaconf import DictConfig, _utils, omegaconf
+
+RUN_MODE = "hydra.mode=RUN"
+
+
+class SingleComposition(ConfigLoaderImpl):
+    """Hands the configuration that `hydra.mode` was read from to the run itself."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Compose, or return what the question for the mode has composed from the same overrides.
+
+        That question is the only call with `validate_sweep_overrides` off. Where no mode is
+        configured Hydra then adds `hydra.mode=RUN` to the overrides of a run, and so does this.
+        """
+        asked: dict[tuple[str | None, tuple[str, ...]], DictConfig] = self.__dict__.setdefault("_asked", {})
+        if not validate_sweep_overrides and not _names_a_sweep(overrides):
+            with contextlib.suppress(Exception):  # what is wrong is said by the composition below
+                config = super().load_configuration(config_name, overrides, RunMode.RUN, from_shell)
+                asked[config_name, tuple(overrides)] = config
+                return config
+        told = overrides[-1:] == [RUN_MODE]
+        found = asked.pop((config_name, tuple(overrides[:-1] if told else overrides)), None)
+        if found is None or run_mode is not RunMode.RUN or not validate_sweep_overrides:
+            return super().load_configuration(
+                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+            )
+        if told:
+            found.hydra.mode = RunMode.RUN
+            found.hydra.overrides.hydra.append(RUN_MODE)
+        return found
+
+
+def _names_a_sweep(overrides: list[str]) -> bool:
+    """Whether an override may hold several values: Hydra then composes, and complains, itself."""
+    return any(set(item.partition("=")[2]) & set(",()[]{}*") for item in overrides)
+
+
+def quicken() -> None:
+    """Let this process's Hydra use `SingleComposition` and libyaml."""
+    if hasattr(hydra_core, "ConfigLoaderImpl"):
+        hydra_core.ConfigLoaderImpl = SingleComposition
+    if not yaml.__with_libyaml__ or not hasattr(_utils, "get_yaml_loader"):
+        return
+    with _c_classes():
+        loader = _utils.get_yaml_loader()
+    _utils.get_yaml_loader = lambda: loader
+    if hasattr(omegaconf, "get_omega_conf_dumper"):
+        plain = _utils.get_omega_conf_dumper()
+        dumper = type("Dumper", (yaml.CDumper,), {})
+        dumper.add_representer(str, plain.str_representer)  # type: ignore[attr-defined]
+        omegaconf.get_omega_conf_dumper = lambda: dumper
+
+
+@contextlib.contextmanager
+def _c_classes() -> Iterator[None]:
+    """While OmegaConf derives its loader from `yaml.SafeLoader`, let that be libyaml's."""
+    plain = yaml.SafeLoader
+    yaml.SafeLoader = yaml.CSafeLoader
+    try:
+        yield
+    finally:
+        yaml.SafeLoader = plain
