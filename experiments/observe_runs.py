@@ -106,9 +106,11 @@ def steady_cases(case: Case) -> Iterator[tuple[Case, str]]:
     if case.kind != "open_loop_stages":
         yield case, ""
         return
-    for _, row in case.workload["stages"].iterrows():
-        stage = row.to_frame().T.assign(duration_s=min(STAGE_SECONDS, float(row.duration_s)))
-        yield dataclasses.replace(case, workload={"stages": stage}), str(row.stage)
+    for name, number in case.sessions.items():
+        stage = case.workload["stages"][number]
+        seconds = min(STAGE_SECONDS, stage["duration_s"])
+        short = stage | {"duration_s": seconds, "requests": 0}
+        yield dataclasses.replace(case, workload={"stages": [short]}, sessions={name: 0}), name
 
 
 def observe(case: Case, group: str, prior: Overheads) -> Observation | None:

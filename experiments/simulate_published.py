@@ -56,18 +56,22 @@ def simulate_case(
 
 
 def figures(requests: pd.DataFrame, case: Case, group: str) -> dict[str, float]:
-    """The case's figures in milliseconds, over the requests of one stage or all of them."""
-    rows = requests
-    if case.kind == "open_loop_stages" and group.isdigit():
-        rows = requests[requests.session == int(group)]
+    """The case's figures in milliseconds, over the requests of one stage or all of them.
+
+    Mean, median, p90, p95 and p99 of TTFT, TPOT (of answers of several tokens) and E2E.
+    """
+    session = case.sessions.get(group)
+    rows = requests if session is None else requests[requests.session == session]
     start = rows.submit_s if case.ttft_from_queue else rows.send_s
     ttft = 1e3 * (rows.first_token_s - start).to_numpy()
     e2el = 1e3 * (rows.last_token_s - start).to_numpy()
     several = rows.output_tokens.to_numpy() > 1
     tpot = (e2el - ttft)[several] / (rows.output_tokens.to_numpy()[several] - 1)
-    found: dict[str, float] = {"mean_tpot_ms": float(tpot.mean())}
-    for name, values in (("ttft", ttft), ("e2el", e2el)):
-        found[f"mean_{name}_ms"] = float(values.mean())
-        for percent in (90, 99):
-            found[f"p{percent}_{name}_ms"] = float(np.quantile(values, percent / 100))
+    found: dict[str, float] = {}
+    for name, values in (("ttft", ttft), ("tpot", tpot), ("e2el", e2el)):
+        if len(values):
+            found[f"mean_{name}_ms"] = float(values.mean())
+            found[f"median_{name}_ms"] = float(np.median(values))
+            for percent in (90, 95, 99):
+                found[f"p{percent}_{name}_ms"] = float(np.quantile(values, percent / 100))
     return found

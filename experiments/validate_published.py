@@ -215,6 +215,8 @@ def _predict_or_say(case: Case, replications: int) -> tuple[list[Comparison], st
         return predict(case, replications), None
     except ErsimError as error:
         return [], f"{case.run} {case.row}: {error}"
+    except Exception as error:  # a fault of ours in one run must not cost the others
+        return [], f"{case.run} {case.row}: {type(error).__name__}: {error}"
 
 
 def predict_all(cases: Sequence[Case], replications: int) -> tuple[list[Comparison], list[str]]:
@@ -242,14 +244,17 @@ def main() -> None:
         "--replications", type=int, default=8, help="draws behind each interval (an even number)"
     )
     options = parser.parse_args()
+    unread: list[str] = []
     try:
-        cases = read_runs(options.runs)
+        cases = read_runs(options.runs, unread)
     except (ErsimError, OSError) as error:
         print(f"validate-published: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     rows, skipped = predict_all(cases, options.replications)
-    notes = dict.fromkeys(f"{case.run}: {case.unrecorded}" for case in cases if case.unrecorded)
-    print(json.dumps(report(rows, skipped, notes)))
+    notes = dict.fromkeys(f"{case.run}: {note}" for case in cases for note in case.notes)
+    print(json.dumps(report(rows, [*unread, *skipped], notes)))
+    if not rows:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

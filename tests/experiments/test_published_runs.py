@@ -10,17 +10,9 @@ import yaml
 
 from ersim.errors import DataError
 from experiments.observe_runs import fold
-from experiments.published_runs import (
-    PooledUsers,
-    engine_settings,
-    gpu_name,
-    make_workload,
-    model_name,
-    precision_name,
-    read_runs,
-    request_count,
-    version,
-)
+from experiments.published_names import engine_settings, gpu_name, model_name, precision_name, version
+from experiments.published_runs import make_workload, metric_name, read_runs, request_count
+from experiments.published_workloads import PooledUsers
 from experiments.validate_published import Comparison, predict, report
 
 ROWS = """model,gpu,precision,isl,osl,concurrency,tp,ttft_ms,tpot_ms
@@ -76,7 +68,7 @@ def runs(tmp_path):
 def test_all_kinds_are_read(runs):
     closed, single, staged = read_runs(runs)
     assert (closed.expert.gpu, closed.expert.precision, closed.users) == ("h100-80gb", "fp8", 4)
-    assert closed.expert.engine.kv_cache_dtype == "fp8" and "InferenceMAX" in closed.unrecorded
+    assert closed.expert.engine.kv_cache_dtype == "fp8" and "InferenceMAX" in closed.notes[0]
     assert single.expert.engine.kv_blocks == 2588 and single.measured[""]["mean_e2el_ms"] == 515
     assert staged.expert.engine.async_scheduling and staged.expert.engine.max_num_batched_tokens == 2048
     assert set(staged.measured) == {"0", "all"}
@@ -144,6 +136,81 @@ def test_bad_runs_are_explained(runs, change, match):
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(DataError, match=match):
         read_runs(runs)
+
+
+def test_bad_runs_leave_the_others_unharmed(runs):
+    """What further folders may bring: other GPUs and models, gaps, broken files."""
+    rows = ROWS + ROWS.splitlines()[1].replace("Llama-3.1-8B", "Nobody-9B") + "\n"
+    rows += ROWS.splitlines()[1].replace(",60,6.5", ",,") + "\n"
+    (runs / "closed" / "rows.csv").write_text(rows)
+    _folder(runs, "broken", {}, "rows.csv", ROWS)
+    (runs / "broken" / "run.yaml").write_text("kind: [closed")
+    other = {"kind": "closed_loop_rows", "gpu": "NVIDIA L40S", "precision": "fp8", "engine": {}}
+    _folder(runs, "l40s", other | {"vllm": 0.1, "model": "Qwen/Qwen2.5-14B-Instruct"}, "rows.csv", ROWS)
+    _folder(runs, "pipelined", other | {"engine": {"pipeline_parallel_size": 2}}, "rows.csv", ROWS)
+    skipped: list[str] = []
+    cases = {case.run: case for case in read_runs(runs, skipped)}
+    assert set(cases) == {"closed", "single", "staged", "l40s"}
+    assert (cases["l40s"].expert.gpu, cases["l40s"].expert.model) == ("l40s", "qwen2.5-14b")
+    assert cases["l40s"].expert.engine.async_scheduling is False  # 0.10 reads as 0.1
+    assert len(skipped) == 4
+    for words in (
+        "not valid YAML",
+        "Nobody-9B",
+        "row 2: holds no latency",
+        "pipeline_parallel_size=2 is not",
+    ):
+        assert sum(words in line for line in skipped) == 1, words
+
+
+def test_a_run_with_gaps_is_read(runs):
+    head = "prompt_tokens,output_tokens,arrival_s,ttft_ms,e2e_ms\n"
+    (runs / "single" / "requests.csv").write_text(head + "600,21,0.1,80,480\n300,0,0.2,,\n90,1,0.3,20,20\n")
+    path = runs / "single" / "run.yaml"
+    data = yaml.safe_load(path.read_text())
+    del data["prefix_blocks"], data["vllm"], data["engine"]["max_model_len"]
+    path.write_text(yaml.safe_dump(data))
+    (case,) = read_runs(runs / "single")
+    assert len(list(make_workload(case, 0).arrivals())) == 2 and "1 requests without" in case.notes[0]
+    assert case.measured[""]["mean_tpot_ms"] == 20 and case.measured[""]["mean_ttft_ms"] == 50
+    assert case.expert.engine.max_model_len == 621 + 256
+    head = "stage,rate_rps,n_requests,prompt_tokens,output_tokens,ttft_p50_ms\n"
+    (runs / "staged" / "stages.csv").write_text(head + "a,2,10,400,32,40\nall,2,10,400,32,41\n")
+    data = yaml.safe_load((runs / "staged" / "run.yaml").read_text())
+    (runs / "staged" / "run.yaml").write_text(yaml.safe_dump(data | {"model": "llama-3.1-8b", "tp": 1}))
+    (case,) = read_runs(runs / "staged")
+    assert case.measured == {"a": {"median_ttft_ms": 40}, "all": {"median_ttft_ms": 41}}
+    assert case.sessions == {"a": 0} and case.workload["stages"][0]["duration_s"] == 5
+
+
+def test_recorded_settings_win():
+    found = engine_settings(
+        {
+            "max_num_seqs": 256.0,
+            "max_num_batched_tokens": "4,096",
+            "kv_cache_dtype": "fp8_e4m3",
+            "chunked_prefill": "False",
+            "gpu_kv_blocks_16tok": 30251,
+            "max_model_len": "per row",
+            "policy": "unrecorded",
+        },
+        (0, 19),
+    )
+    assert found["max_num_seqs"] == 256 and isinstance(found["max_num_seqs"], int)
+    assert (found["max_num_batched_tokens"], found["kv_blocks"]) == (4096, 30251)
+    assert found["kv_cache_dtype"] == "fp8" and found["enable_chunked_prefill"] is False
+    assert "max_model_len" not in found and "policy" not in found
+    with pytest.raises(DataError, match="block_size must be a number, got 'sixteen'"):
+        engine_settings({"block_size": "sixteen"}, None)
+
+
+def test_statistics_are_named_as_they_are_measured():
+    assert metric_name("ttft_ms") == "mean_ttft_ms" and metric_name("ttft_ms", "median") == "median_ttft_ms"
+    assert (
+        metric_name("e2e_p50_ms") == "median_e2el_ms"
+        and metric_name("tpot_mean_derived_ms") == "mean_tpot_ms"
+    )
+    assert metric_name("itl_mean_reported_ms") is None
 
 
 def test_a_measurement_outside_is_said():
