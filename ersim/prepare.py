@@ -17,6 +17,7 @@ from ersim.types import Batch, ExpertState, FleetState
 from ersim.workload import PromptSet, load_prompt_set
 
 REFERENCE_TOKENS, REFERENCE_SEQS = 1024, 32
+DEPLOYMENT = ("domains", "replicas", "live")  # of an expert's config: what its one replica does not depend on
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Preparations:
 
     def expert(self, config: ExpertConfig, key: str) -> ExpertModel:
         """An expert with calibration and KV capacity; `key` is its name in error messages."""
-        known = _key(asdict(config))
+        known = _key({name: value for name, value in asdict(config).items() if name not in DEPLOYMENT})
         if known not in self._experts:
             self._experts[known] = build_expert_model(config, key)
         return self._experts[known]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from ersim.config import SimulationConfig, validate
 from ersim.engine import VLLM_VERSION
 from ersim.errors import SimulationError
 from ersim.figures import run_figures
+from ersim.parallel import spread
 from ersim.prepare import Preparations
 from ersim.results import Gaps, Window, combine, mean_is_known, steady_window
 from ersim.results.records import COMPLETED
@@ -57,10 +58,11 @@ class Result:
         write_json(target / "summary.json", self.summary)
 
 
-def simulate(config: SimulationConfig, preparations: Preparations | None = None) -> Result:
+def simulate(config: SimulationConfig, preparations: Preparations | None = None, workers: int = 1) -> Result:
     """Simulate one configuration, with as many replications as its intervals need.
 
-    Pass the same `preparations` to several calls to load prompts and fit policies once.
+    Pass the same `preparations` to several calls to load prompts and fit policies once. `workers`
+    processes share the replications; their number changes no figure.
     Raises ConfigError, DataError or DoesNotFitError for bad input, SimulationError for a run that
     ended without a single finished request.
     """
@@ -72,15 +74,17 @@ def simulate(config: SimulationConfig, preparations: Preparations | None = None)
     ]
     prompts = shared.prompt_set(config.workload.prompts).prompts
     routing = shared.routing(config)
-    summaries: list[dict[str, Any]] = []
-    first: tuple[RunOutput, Window] | None = None
-    while not _enough(config, summaries):
-        output = replicate(config, shared, experts, len(summaries))
+    first: list[tuple[RunOutput, Window]] = []
+
+    def one(number: int) -> dict[str, Any]:
+        output = replicate(config, shared, experts, number)
         window = measurement_window(output, config)
-        summaries.append(run_figures(config, experts, prompts, output, window, routing))
-        first = first or (output, window)
-    assert first is not None
-    output, window = first
+        if number == 0:
+            first.append((output, window))
+        return run_figures(config, experts, prompts, output, window, routing)
+
+    summaries = _replications(config, one, workers)
+    output, window = first[0]
     summary = _summary(config, experts, shared, summaries)
     return Result(
         config=config,
@@ -157,12 +161,31 @@ def measurement_window(output: RunOutput, config: SimulationConfig) -> Window:
     return steady_window(ended, ended - done["send_s"].to_numpy(), 0.0)
 
 
-def _enough(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) -> bool:
+def _replications(
+    config: SimulationConfig, one: Callable[[int], dict[str, Any]], workers: int
+) -> list[dict[str, Any]]:
+    """The figures of as many replications as wanted; the first of them is done in this process.
+
+    Those that are needed in any case are shared among the workers, and so are then `workers` at a
+    time while the precision asked for is not reached; any beyond the one that reached it are dropped.
+    """
     wanted = config.uncertainty
     if str(wanted.replications) != "auto":
-        return len(summaries) >= int(wanted.replications)
-    if len(summaries) < wanted.min_replications:
-        return False
+        return list(spread(one, range(int(wanted.replications)), workers))
+    summaries = list(spread(one, range(wanted.min_replications), workers))
+    while not _enough(config, summaries):
+        begin = len(summaries)
+        end = min(begin + workers, wanted.max_replications)
+        for figures in spread(one, range(begin, end), workers):
+            summaries.append(figures)
+            if _enough(config, summaries):
+                break
+    return summaries
+
+
+def _enough(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether `replications: auto` may stop."""
+    wanted = config.uncertainty
     return len(summaries) >= wanted.max_replications or mean_is_known(
         summaries, wanted.precision, wanted.level
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from pathlib import Path
@@ -16,8 +17,8 @@ from experiments.schema import to_run, to_simulation
 SUMMARY, ERROR, CONFIG = "summary.json", "error.json", "config.yaml"
 
 
-def run_job(config: DictConfig, folder: Path) -> dict[str, Any]:
-    """Simulate `config` into `folder` and return the summary.
+def run_job(config: DictConfig, folder: Path, workers: int = 1) -> dict[str, Any]:
+    """Simulate `config` into `folder` on `workers` processes and return the summary.
 
     Writes config.yaml first; then summary.json, requests.parquet and what else `Result.write`
     leaves, or error.json (kind, message, traceback, seconds). Raises what the simulation raised.
@@ -29,13 +30,18 @@ def run_job(config: DictConfig, folder: Path) -> dict[str, Any]:
     write_text(folder / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     (folder / ERROR).unlink(missing_ok=True)
     try:
-        result = ersim.simulate(to_simulation(to_run(config)), preparations())
+        result = ersim.simulate(to_simulation(to_run(config)), preparations(), workers)
         result.write(folder)
         summary: dict[str, Any] = dict(result.summary)
         return summary
     except Exception as error:
         write_json(folder / ERROR, describe_error(error, time.perf_counter() - began_s))
         raise
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_error(error: Exception, elapsed_s: float) -> dict[str, Any]:

@@ -8,7 +8,6 @@ A worker that dies (out of memory, say) costs its own job, not the sweep.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from omegaconf import DictConfig, open_dict
 
-from experiments.job import job_weight
+from experiments.job import cores, job_weight
 from experiments.progress import Progress
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def launch(
     configure_log(launcher.config.hydra.hydra_logging, launcher.config.hydra.verbose)
     Path(str(launcher.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     jobs = [_job(launcher, list(item), first_number + i) for i, item in enumerate(job_overrides)]
-    count = min(launcher.workers or len(os.sched_getaffinity(0)), len(jobs)) if sys.platform == "linux" else 1
+    count = min(launcher.workers or cores(), len(jobs)) if sys.platform == "linux" else 1
     weights = {job.number: job_weight(job.config) for job in jobs}
     queue = sorted(jobs, key=lambda job: weights[job.number])
     progress = Progress(weights)

@@ -31,15 +31,16 @@ from experiments.schema import register
 
 def _task(config: DictConfig) -> None:
     """One job, in the folder that Hydra made for it; single runs print their summary."""
-    from experiments.job import run_job
+    from experiments.job import cores, run_job
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
+    single = settings.mode is not RunMode.MULTIRUN
     try:
-        summary = run_job(config, folder)
+        summary = run_job(config, folder, workers=cores() if single else 1)
     except ErsimError as error:
         raise CompactHydraException(str(error)) from error
-    if settings.mode is RunMode.MULTIRUN:
+    if not single:
         return
     from experiments.single import show_single
 
