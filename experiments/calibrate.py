@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -75,47 +75,67 @@ def describe(calibration: Calibration, path: Path) -> dict[str, Any]:
 def step_interval(calibration: Calibration) -> float:
     """Half width of the 90 % interval of a typical decode step, as a share of it.
 
-    From the coefficients' covariance, with each term worth what it is in a step of 32 rows of 1,024
-    tokens; read off the evaluated step time of 64 draws.
+    The step has up to 32 rows of 1,024 tokens each. From 256 draws of the coefficients' covariance; what
+    each term is worth in the step is worked out once.
     """
     import numpy as np
 
-    from ersim.steptime.evaluate import PreparedStepTime, graph_sizes
-    from ersim.types import Batch
-
     rows = int(min(32, calibration.valid.get("decode_seqs", (1, 32))[1])) or 1
-    batch = Batch(rows, rows, rows * 1024, 1024, (), rows)
-    rng, times = np.random.default_rng(0), []
-    for _ in range(64):
-        prepared = PreparedStepTime(
-            calibration,
-            calibration.sample_theta(rng),
-            max_tokens=rows,
-            max_seqs=rows,
-            max_context=2048,
-            graphs=calibration.engine.get("cudagraph_sizes") or graph_sizes(256),
-            asynchronous=True,
-        )
-        times.append(prepared.step_s(batch))
-    return round(1.645 * float(np.std(times) / np.mean(times)), 4)
+    worth = np.asarray([_worth_s(term, rows, 1024) for term in calibration.terms])
+    sides = np.asarray([term["side"] for term in calibration.terms])
+    rng = np.random.default_rng(0)
+    draws = rng.multivariate_normal(calibration.theta, calibration.covariance, 256, method="eigh")
+    draws = np.maximum(draws, 0.0) * worth
+    step = np.maximum(draws[:, sides != "host"].sum(axis=1), draws[:, sides != "gpu"].sum(axis=1))
+    return round(1.645 * float(np.std(step) / np.mean(step)), 4)
+
+
+def _worth_s(term: Mapping[str, Any], rows: int, context: int) -> float:
+    """Seconds of one term per unit of its coefficient in a step of `rows` decode rows, unpadded."""
+    import numpy as np
+
+    from ersim.steptime.terms import curve, curve_rows, segment
+
+    at = np.asarray([float(rows)])
+    if term["kind"] == "tokens":
+        return float(curve(at, term["tokens"], term["time_us"])[0]) * 1e-6
+    if term["kind"] == "sampled":
+        return float(curve(at, term["sequences"], term["time_us"])[0]) * 1e-6
+    if term["kind"] == "decode_attention":
+        table = np.asarray(term["time_us"], float).T
+        contexts, sequences = (np.asarray(term[axis], float) for axis in ("context_tokens", "sequences"))
+        column = curve_rows(np.asarray([float(context)]), contexts, table)[0]
+        return float(curve_rows(at, sequences, column[:, None])[0, 0]) * 1e-6
+    if term["kind"] != "linear":
+        return 0.0
+    values = {"step": 1.0, "decode_context_tokens": float(rows * context)}
+    values |= dict.fromkeys(("tokens", "padded_tokens", "sampled_seqs", "decode_seqs"), float(rows))
+    value = values.get(term["feature"], 0.0)
+    if term.get("low") is None and term.get("high") is None:
+        return value
+    return float(segment(np.asarray([value]), term.get("low"), term.get("high"))[0])
 
 
 def show_list() -> list[dict[str, Any]]:
     """Print one line per calibration; returns what was printed."""
     found = [describe(load(path), path) for path in list_files()]
-    head = ("calibration", "source", "date", "vLLM", "tokens", "held-out", "90 % step")
-    print("{:52} {:9} {:10} {:8} {:>12} {:>9} {:>9}".format(*head))
+    head = ("calibration", "source", "date", "vLLM", "tokens", "rows", "context", "held-out", "90 % step")
+    print("{:46} {:9} {:10} {:8} {:>9} {:>7} {:>9} {:>8} {:>9}".format(*head))
     for row in found:
-        span = row["valid"].get("tokens", ["", ""])
         error = "" if row["held_out_mape"] is None else f"{100 * row['held_out_mape']:.1f} %"
         label = row["source"] + ("*" if row["derived"] else "")
+        tokens, rows, context = (_span(row["valid"], k) for k in ("tokens", "decode_seqs", "context_tokens"))
         print(
-            f"{row['name']:52} {label:9} {row['date'] or '':10} {row['vllm_version'] or '':8} "
-            f"{f'{span[0]:g}-{span[1]:g}' if span[0] != '' else '':>12} {error:>9} "
-            f"{100 * row['step_interval']:7.1f} %"
+            f"{row['name']:46} {label:9} {row['date'] or '':10} {row['vllm_version'] or '':8} "
+            f"{tokens:>9} {rows:>7} {context:>9} {error:>8} ±{100 * row['step_interval']:6.1f} %"
         )
+    print("tokens, rows, context: what one step may hold before a run warns and widens its interval")
     print("* derived from other measurements (show=NAME tells how), with a wider interval")
     return found
+
+
+def _span(valid: Mapping[str, Sequence[float]], key: str) -> str:
+    return "-".join(f"{bound:g}" for bound in valid.get(key, ()))
 
 
 def show_one(name: str) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 
+import numpy as np
 import pytest
 
 from ersim.errors import ConfigError, DoesNotFitError
 from ersim.steptime import list_files, load
-from experiments.calibrate import CalibrateConfig, combinations, run
+from ersim.steptime.evaluate import PreparedStepTime
+from ersim.types import Batch
+from experiments.calibrate import CalibrateConfig, combinations, run, step_interval
 
 
 def test_the_list_shows_every_calibration(capsys):
@@ -22,6 +26,24 @@ def test_the_list_shows_every_calibration(capsys):
     )
     assert row["derived"] and not measured["derived"]
     assert row["step_interval"] > measured["step_interval"]
+
+
+def test_the_list_is_quick_and_its_interval_that_of_the_step_time():
+    """What the list works out at once equals what drawn step times show (a second for a hundred files)."""
+    path = next(p for p in list_files() if p.stem == "llama3.1-8b_bf16_tp1_tables")
+    calibration = load(path)
+    rng, batch = np.random.default_rng(1), Batch(32, 32, 32 * 1024, 1024, (), 32)
+    sizes = {"max_tokens": 32, "max_seqs": 32, "max_context": 2048, "graphs": [], "asynchronous": True}
+    times = [
+        PreparedStepTime(calibration, calibration.sample_theta(rng), **sizes).step_s(batch)
+        for _ in range(200)
+    ]
+    drawn = 1.645 * np.std(times) / np.mean(times)
+    assert step_interval(calibration) == pytest.approx(drawn, rel=0.15)
+    started = time.process_time()
+    for file in list_files():
+        step_interval(load(file))
+    assert time.process_time() - started < 5.0  # about one on an idle core
 
 
 def test_one_calibration_in_full(capsys):
