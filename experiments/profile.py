@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ from experiments.live_schema import (
     to_live,
 )
 from experiments.paths import conf_dir
-from testbed.contention import fit_slowdowns
+from testbed.contention import fit_contention
 from testbed.fleet import LiveFleet
 from testbed.fleet_calibration import FleetCalibration, measure_gateway, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.gateway.process import GatewayProcess
+from testbed.host_speed import slowness
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
 from testbed.live_settings import read_live
 from testbed.plan import check_plan
@@ -65,8 +67,7 @@ def profile(job: LiveConfig) -> dict[str, Any]:
         "fleet": job.fleet.name,
         "folder": str(folder),
         "experts": {name: summary(item) for name, item in calibrations.items()},
-        "base": known.base,
-        "slowdowns": known.slowdowns,
+        "contention": {name: dataclasses.asdict(item) for name, item in known.contention.items()},
         "gateway": known.gateway,
         "seconds": round(time.monotonic() - began_s, 1),
     }
@@ -102,7 +103,7 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
             calibration, CALIBRATION_DIR / gpu / file_name(expert.model, expert.precision, expert.tp, "steps")
         )
     _figure(job, calibration, name, log, run, folder)
-    say(f"{name}: held-out error {100 * calibration.fit['held_out_mape']:.1f} %, {path}")
+    say(f"{name}: {held_out_words(calibration.fit)}, {path}")
     return calibration
 
 
@@ -141,17 +142,17 @@ def _together(
         name: read_step_log(live.servers[name][0].spec.steps_path).between(start, end)
         for name in calibrations
     }
-    base, slowdowns = {}, {}
-    for name in calibrations:
+    contention = {}
+    for name, calibration in calibrations.items():
         model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
         others = {other: log for other, log in logs.items() if other != name}
-        base[name], slowdowns[name] = fit_slowdowns(logs[name], model.step_time(), others)
+        slow = slowness(logs[name], calibration.provenance.get("probe_s"))
+        contention[name] = fit_contention(logs[name], model.step_time(), others, slow)
     records = [record for run in runs for record in run.load.records]
     known = FleetCalibration(
         fleet=job.fleet.name,
         calibrations={name: f"{name}.json" for name in calibrations},
-        base=base,
-        slowdowns=slowdowns,
+        contention=contention,
         gateway=measure_gateway(records, runs[-1].access, logs),
         users=list(job.plan.mixed_users),
         vllm_version=str(next(iter(logs.values())).meta["vllm_version"]),
@@ -163,13 +164,20 @@ def _together(
 def calibrated_fleet(fleet: FleetConfig, calibrations: dict[str, Calibration], folder: Path) -> FleetConfig:
     """The fleet with the calibration files just written."""
     files = {name: f"{name}.json" for name in calibrations}
-    return with_calibrations(fleet, FleetCalibration(fleet.name, files, {}, {}, {}), folder)
+    return with_calibrations(fleet, FleetCalibration(fleet.name, files, {}, {}), folder)
+
+
+def held_out_words(fit: Mapping[str, Any]) -> str:
+    """The error on steps held out, as a sentence's part."""
+    single, median = 100 * fit["held_out_mape"], 100 * fit["held_out_median_mape"]
+    return f"held-out error {median:.1f} % on medians of like steps, {single:.1f} % on single steps"
 
 
 def summary(calibration: Calibration) -> dict[str, Any]:
     """A calibration's figures for print and MLflow."""
     return {
         "held_out_mape": calibration.fit["held_out_mape"],
+        "held_out_median_mape": calibration.fit["held_out_median_mape"],
         "mape": calibration.fit["mape"],
         "steps": calibration.fit["steps"],
         "step_noise": calibration.residual_rel_std,
@@ -193,7 +201,7 @@ def _log(job: LiveConfig, folder: Path, figures: dict[str, Any]) -> None:
 def _task(config: DictConfig) -> None:
     figures = profile(to_live(config))
     for name, item in figures["experts"].items():
-        print(f"{name}: {item['steps']} steps, held-out error {100 * item['held_out_mape']:.2f} %")
+        print(f"{name}: {item['steps']} steps, {held_out_words(item)}")
     print(to_json(figures, indent=None))
 
 

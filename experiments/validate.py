@@ -39,11 +39,11 @@ from experiments.live_schema import (
     to_live,
 )
 from experiments.paths import conf_dir
-from testbed.drift import mean_factors, scaled, speed_factors
-from testbed.fleet import LiveFleet
+from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import FleetCalibration, with_calibrations
 from testbed.fleet_calibration import load as load_fleet
 from testbed.gateway.process import GatewayProcess
+from testbed.host_speed import SpeedTrace
 from testbed.live_run import LiveRun, check_answered, gateway_settings, level_config, run_level
 from testbed.measured import measured_summary
 from testbed.measured_run import read_power, read_run, read_speed, write_power, write_run
@@ -112,7 +112,7 @@ def _measure(
     with LiveFleet(base.fleet, folder / "runs", say) as live:
         settings = gateway_settings(base, shared, live, folder / "runs")
         with GatewayProcess(settings, folder / "runs") as gateway, PowerSampler() as power:
-            before = speed_factors(base, shared, live, 90_000)
+            probes_s = _probes(base, shared, live)
             for repeat in range(job.repeats):
                 for users in job.users:
                     say(f"live: {users} users for {job.seconds:g} s")
@@ -121,9 +121,7 @@ def _measure(
                     run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag)
                     check_answered(run)
                     _check_version(run, known)
-                    after = speed_factors(base, shared, live, 90_000 + 10 * len(job.users) * repeat + users)
-                    write_run(run, level, folder / "runs" / tag, mean_factors(before, after))
-                    before = after
+                    write_run(run, level, folder / "runs" / tag, probes_s)
     write_power(power.log, folder / "runs")
 
 
@@ -176,26 +174,32 @@ def _compare(
         ]
         say(f"simulating {users} users")
         level = level_config(base, users, job.seconds)
-        speed = _speed(job, folder, users)
-        now = dataclasses.replace(known, base=scaled(known.base, speed), slowdowns=_slower(known, speed))
-        told, _ = predicted_summary(level, shared, now, window, job.replications)
+        speeds = _speeds(job, folder, users)
+        told, _ = predicted_summary(level, shared, known, window, job.replications, speeds)
+        speed = [{name: trace.median for name, trace in one.items()} for one in speeds]
         rows += _rows(users, measured, told, list(base.fleet.experts))
-        summaries[str(users)] = {"measured": measured, "predicted": told, "speed": speed}
+        summaries[str(users)] = {"measured": measured, "predicted": told, "host_slowness": speed}
     return pd.DataFrame(rows), summaries
 
 
-def _speed(job: LiveConfig, folder: Path, users: int) -> dict[str, float]:
-    """The machine's speed during the runs of one load, by expert: median over the repeats."""
-    each = [read_speed(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
-    return {name: float(np.median([one[name] for one in each])) for name in each[0]}
-
-
-def _slower(known: FleetCalibration, speed: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Slow-downs by neighbours at the machine's present speed."""
+def _probes(base: SimulationConfig, shared: Preparations, live: LiveFleet) -> dict[str, float | None]:
+    """What the speed probe took while each server's expert was profiled, seconds."""
     return {
-        name: {other: value * speed.get(name, 1.0) for other, value in row.items()}
-        for name, row in known.slowdowns.items()
+        server.spec.name: shared.expert(expert, f"fleet.experts.{name}").calibration.provenance.get("probe_s")
+        for name, expert in base.fleet.experts.items()
+        for server in live.servers[name]
     }
+
+
+def _speeds(job: LiveConfig, folder: Path, users: int) -> list[dict[str, SpeedTrace]]:
+    """How fast the host ran during each repeat of one load, by expert (its first server)."""
+    assert job.fleet is not None
+    names = {name: replica_name(name, 0, expert.replicas) for name, expert in job.fleet.experts.items()}
+    traces = []
+    for repeat in range(job.repeats):
+        found = read_speed(folder / "runs" / f"u{users}r{repeat}", list(names.values()))
+        traces.append({expert: found[server] for expert, server in names.items()})
+    return traces
 
 
 def _rows(

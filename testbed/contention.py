@@ -1,21 +1,27 @@
 """How much experts on one machine slow each other, and step times that know it.
 
 Two servers on one host share caches, memory bandwidth and whatever cores their front ends, the
-gateway and the client run on. A calibration is made with the others idle; here the slow-down of
-each expert's steps by each busy neighbour is fitted to steps recorded under common load:
+gateway and the client run on. A calibration is made with the others idle: its front ends then have a
+core of their own. Here what busy neighbours add is fitted to steps recorded under common load:
 
-    measured / predicted alone = 1 + sum over others of slowdown[other] * (share of the step they ran)
+    period / slowness = alone * (base + sum over others of slowdown[other] * share of the step they ran)
+                        + share * (row_s * sampled rows + request_s * prefill chunks)
+
+row_s is the front ends', the gateway's and the client's work for one token, as far as it pushes the
+engine off its core; request_s the same for a new request. Slowness is the host's (`host_speed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
 from ersim.types import Batch, ReplicaState, StepTime
+from testbed.host_speed import SpeedTrace
 from testbed.step_log import StepLog
 
 FloatArray = npt.NDArray[np.float64]
@@ -44,26 +50,40 @@ def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> Floa
     return clipped
 
 
-def fit_slowdowns(
-    log: StepLog, alone: StepTime, others: Mapping[str, StepLog]
-) -> tuple[float, dict[str, float]]:
-    """Base factor and slow-down by neighbour of one expert, from steps under common load.
+@dataclass(frozen=True)
+class Contention:
+    """What common load adds to one expert's steps, see this module's head; seconds and factors."""
 
-    The base factor is what common load costs even while no neighbour executes a step (front ends,
-    gateway, client). Too few steps give (1, zeros).
+    base: float = 1.0
+    slowdowns: Mapping[str, float] = field(default_factory=dict)
+    row_s: float = 0.0
+    request_s: float = 0.0
+
+
+def fit_contention(
+    log: StepLog, alone: StepTime, others: Mapping[str, StepLog], slow: FloatArray | None = None
+) -> Contention:
+    """Contention of one expert, from steps under common load; too few steps give none.
+
+    slow: slowness of the host during each step, shape (steps,); None is 1.
     """
     names = list(others)
+    if len(log.steps) < MIN_STEPS:
+        return Contention(slowdowns=dict.fromkeys(names, 0.0))
     periods, ends = log.periods_s(), log.ends_s()
-    if len(periods) < MIN_STEPS:
-        return 1.0, dict.fromkeys(names, 0.0)
-    told = np.array([alone.step_s(step.batch()) for step in log.steps])
-    ratio = periods / told
-    keep = ratio < OUTLIER_RATIO * np.median(ratio)
-    columns = [np.ones(len(ratio))] + [busy_share(ends - periods, ends, others[name]) for name in names]
-    matrix = np.stack(columns, axis=1)[keep]
-    weight = np.sqrt(told[keep])  # what counts is the time predicted, not the number of steps
-    solution, _ = nnls(matrix * weight[:, None], ratio[keep] * weight)
-    return float(solution[0]), {name: float(value) for name, value in zip(names, solution[1:], strict=True)}
+    measured = periods / (1.0 if slow is None else slow)
+    batches = [step.batch() for step in log.steps]
+    told = np.array([alone.step_s(batch) for batch in batches])
+    shares = [busy_share(ends - periods, ends, others[name]) for name in names]
+    busy = np.clip(np.sum(shares, axis=0), 0.0, 1.0) if shares else np.zeros(len(told))
+    rows = np.array([batch.sampled_seqs for batch in batches])
+    chunks = np.array([len(batch.prefills) for batch in batches])
+    matrix = np.stack([told, *(told * share for share in shares), busy * rows, busy * chunks], axis=1)
+    keep = measured < OUTLIER_RATIO * np.median(measured / told) * told
+    weight = 1.0 / np.sqrt(told[keep])  # between single steps (1/told) and the sum of times (1)
+    solution, _ = nnls(matrix[keep] * weight[:, None], measured[keep] * weight)
+    base, *slowdowns, row_s, request_s = (float(value) for value in solution)
+    return Contention(base, dict(zip(names, slowdowns, strict=True)), row_s, request_s)
 
 
 class ContendedStepTime:
@@ -73,29 +93,45 @@ class ContendedStepTime:
     neighbour may come and go within a stretch of steps.
     """
 
-    def __init__(self, alone: StepTime, base: float, slowdowns: Sequence[float]) -> None:
+    def __init__(
+        self,
+        alone: StepTime,
+        contention: Contention,
+        neighbours: Sequence[str],
+        speed: SpeedTrace | None = None,
+    ) -> None:
         self._alone = alone
-        self._base = base
-        self._slowdowns = slowdowns
+        self._known = contention
+        self._slowdowns = [contention.slowdowns.get(name, 0.0) for name in neighbours]
+        self._speed = speed
         self._neighbours: Sequence[Sequence[ReplicaState]] = ()
+        self._clock: Callable[[], float] = float
 
-    def watch(self, neighbours: Sequence[Sequence[ReplicaState]]) -> None:
-        """Tell it the replicas of each neighbour, in the order of `slowdowns`."""
+    def watch(self, neighbours: Sequence[Sequence[ReplicaState]], clock: Callable[[], float]) -> None:
+        """Tell it the replicas of each neighbour, in the order given at first, and the run's clock."""
         self._neighbours = neighbours
+        self._clock = clock
 
-    def factor(self) -> float:
-        """What steps cost now, relative to a quiet machine."""
-        factor = self._base
+    def _now(self) -> tuple[float, float, bool]:
+        """(factor on the time alone, slowness of the host, whether a neighbour runs)."""
+        factor, busy = self._known.base, False
         for slowdown, replicas in zip(self._slowdowns, self._neighbours, strict=False):
             for replica in replicas:
                 if replica.running:
                     factor += slowdown
-        return factor
+                    busy = True
+        return factor, 1.0 if self._speed is None else self._speed.at(self._clock()), busy
 
     def step_s(self, batch: Batch) -> float:
         """Seconds of one step that starts now."""
-        return self._alone.step_s(batch) * self.factor()
+        factor, slow, busy = self._now()
+        seconds = self._alone.step_s(batch) * factor
+        if busy:
+            seconds += self._known.row_s * batch.sampled_seqs + self._known.request_s * len(batch.prefills)
+        return seconds * slow
 
     def decode_run_s(self, decode_seqs: int, context_tokens: int, context_max: int, steps: int) -> FloatArray:
-        """Seconds of consecutive decode steps, all at the present contention."""
-        return self._alone.decode_run_s(decode_seqs, context_tokens, context_max, steps) * self.factor()
+        """Seconds of consecutive decode steps, all at the present contention and speed."""
+        factor, slow, busy = self._now()
+        alone = self._alone.decode_run_s(decode_seqs, context_tokens, context_max, steps)
+        return (alone * factor + (self._known.row_s * decode_seqs if busy else 0.0)) * slow

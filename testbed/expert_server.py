@@ -179,6 +179,7 @@ def server_environment(spec: ServerSpec, base: Mapping[str, str]) -> dict[str, s
         environment |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(max(1, len(cores))),
+            "ERSIM_SPEED_PROBE": "1",  # a CPU is shared with others, see testbed/host_speed.py
             "VLLM_CPU_KVCACHE_SPACE": f"{spec.live.kv_space_gib:g}",
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) if cores else "nobind",
         }

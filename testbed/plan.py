@@ -16,7 +16,9 @@ class ProfilePlan:
     decode_contexts: that many equal requests at once, each `decode_tokens` long; combinations of
     more than `max_context_tokens` in all are left out. mixed_users: closed loops with the
     workload's own random lengths, `mixed_s` each; such a number of users must not be used to
-    validate. seconds bounds the whole plan: what no longer fits is skipped and said.
+    validate. rounds: how often all of this is driven (mixed_s is shared among them), so that no part
+    of the grid rests on one moment of a shared machine. seconds bounds the whole plan: what no longer
+    fits is skipped and said.
     """
 
     prefill_tokens: list[int] = field(default_factory=lambda: [16, 64, 128, 256, 512, 1024, 2048])
@@ -27,6 +29,7 @@ class ProfilePlan:
     max_context_tokens: int = 8192
     mixed_users: list[int] = field(default_factory=lambda: [3, 6, 12])
     mixed_s: float = 15.0
+    rounds: int = 1
     seconds: float = 150.0
 
 
@@ -59,6 +62,8 @@ def check_plan(plan: ProfilePlan, max_model_len: int) -> None:
     for name in ("prefill_tokens", "decode_batches", "decode_contexts", "mixed_users"):
         if any(value < 1 for value in getattr(plan, name)):
             raise bad_value(f"plan.{name}", "all >= 1", getattr(plan, name))
+    if plan.rounds < 1:
+        raise bad_value("plan.rounds", ">= 1", plan.rounds)
     if not plan.seconds > 0:
         raise bad_value("plan.seconds", "> 0", plan.seconds)
 
@@ -66,10 +71,17 @@ def check_plan(plan: ProfilePlan, max_model_len: int) -> None:
 def phases(plan: ProfilePlan, max_num_seqs: int) -> Iterator[Phase]:
     """The plan's phases in order: what matters most comes first."""
     yield Burst("warmup", [(128, 8)] * 4, 2)
-    yield Burst("prefill", [(tokens, 2) for tokens in plan.prefill_tokens for _ in range(plan.repeats)], 1)
+    for number in range(plan.rounds):
+        yield from _round(plan, max_num_seqs, f"/{number + 1}" if plan.rounds > 1 else "")
+
+
+def _round(plan: ProfilePlan, max_num_seqs: int, suffix: str) -> Iterator[Phase]:
+    prefills = [(tokens, 2) for tokens in plan.prefill_tokens for _ in range(plan.repeats)]
+    yield Burst(f"prefill{suffix}", prefills, 1)
     for context in plan.decode_contexts:
         for batch in plan.decode_batches:
             if batch <= max_num_seqs and batch * context <= plan.max_context_tokens:
-                yield Burst(f"decode-c{context}-b{batch}", [(context, plan.decode_tokens)] * batch, batch)
+                jobs = [(context, plan.decode_tokens)] * batch
+                yield Burst(f"decode-c{context}-b{batch}{suffix}", jobs, batch)
     for users in plan.mixed_users:
-        yield ClosedLoop(f"mixed-{users}", users, plan.mixed_s)
+        yield ClosedLoop(f"mixed-{users}{suffix}", users, plan.mixed_s / plan.rounds)

@@ -6,7 +6,7 @@ what we are unsure of: the coefficients and the noise of single steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -17,8 +17,9 @@ from ersim.results import Window, breakdown, combine, summarise
 from ersim.system import RunOutput, System
 from ersim.types import StepTime
 from ersim.workload import Workload, build_workload
-from testbed.contention import ContendedStepTime
+from testbed.contention import ContendedStepTime, Contention
 from testbed.fleet_calibration import FleetCalibration
+from testbed.host_speed import SpeedTrace
 
 
 def live_workload(config: SimulationConfig, shared: Preparations) -> Workload:
@@ -27,30 +28,42 @@ def live_workload(config: SimulationConfig, shared: Preparations) -> Workload:
     return build_workload(config.workload, prompts, config.users, config.seed, shared.routing(config).ask)
 
 
+Speed = Mapping[str, SpeedTrace]  # by expert: how fast the host ran while its run was measured
+
+
 def _step_times(
-    config: SimulationConfig, shared: Preparations, known: FleetCalibration | None, seed: int | None
+    config: SimulationConfig,
+    shared: Preparations,
+    known: FleetCalibration | None,
+    seed: int | None,
+    speed: Speed,
 ) -> list[StepTime]:
     """One step time per expert; `seed` None takes the mean coefficients."""
     times: list[StepTime] = []
     names = list(config.fleet.experts)
     for index, (name, expert) in enumerate(config.fleet.experts.items()):
         model = shared.expert(expert, f"fleet.experts.{name}")
-        rng = None if seed is None else np.random.default_rng([seed, 5, index])
-        alone = model.step_time(rng)
+        alone = model.step_time(None if seed is None else np.random.default_rng([seed, 5, index]))
         if known is None:
             times.append(alone)
             continue
-        slowdowns = [known.slowdowns.get(name, {}).get(other, 0.0) for other in names if other != name]
-        times.append(ContendedStepTime(alone, known.base.get(name, 1.0), slowdowns))
+        others = [other for other in names if other != name]
+        contention = known.contention.get(name, Contention())
+        times.append(ContendedStepTime(alone, contention, others, speed.get(name)))
     return times
 
 
 def predict_once(
-    config: SimulationConfig, shared: Preparations, known: FleetCalibration | None, replication: int
+    config: SimulationConfig,
+    shared: Preparations,
+    known: FleetCalibration | None,
+    replication: int,
+    speed: Speed,
 ) -> RunOutput:
     """One replication; number 0 has the mean coefficients, later ones draw them."""
     routing = shared.routing(config)
-    times = _step_times(config, shared, known, None if replication == 0 else config.seed + replication)
+    seed = None if replication == 0 else config.seed + replication
+    times = _step_times(config, shared, known, seed, speed)
     experts = [shared.expert(e, f"fleet.experts.{n}") for n, e in config.fleet.experts.items()]
     system = System(
         config,
@@ -65,7 +78,8 @@ def predict_once(
     )
     for index, time in enumerate(times):
         if isinstance(time, ContendedStepTime):
-            time.watch([row for other, row in enumerate(system.replicas) if other != index])
+            neighbours = [row for other, row in enumerate(system.replicas) if other != index]
+            time.watch(neighbours, lambda: system.env.now)
     return system.run()
 
 
@@ -75,9 +89,16 @@ def predicted_summary(
     known: FleetCalibration | None,
     window: Window,
     replications: int,
+    speeds: Sequence[Speed] = ({},),
 ) -> tuple[dict[str, object], RunOutput]:
-    """Combined figures over the live run's own window, and the first replication's output."""
-    outputs = [predict_once(config, shared, known, number) for number in range(replications)]
+    """Combined figures over the live run's own window, and the first replication's output.
+
+    speeds: one for each repeat of the live run; replications take them in turn.
+    """
+    outputs = [
+        predict_once(config, shared, known, number, speeds[number % len(speeds)])
+        for number in range(max(replications, len(speeds)))
+    ]
     summaries = [_figures(config, output, window) for output in outputs]
     return combine(summaries, config.uncertainty.level), outputs[0]
 

@@ -19,6 +19,7 @@ from ersim.errors import DataError
 from ersim.steptime import Calibration, fit_live_calibration, load_model
 from ersim.types import Batch, Request
 from ersim.workload import build_workload, load_prompt_set
+from testbed.host_speed import reference_probe_s, slowness
 from testbed.load import Client, LoadResult, LoadRun, LoadSettings, RequestRecord
 from testbed.plan import Burst, ClosedLoop, Phase, ProfilePlan, phases
 from testbed.power import PowerLog, power_model
@@ -73,26 +74,26 @@ class Profiler:
         """All phases, one after the other, until the plan's seconds are over."""
         result = ProfileRun()
         deadline = time.monotonic() + plan.seconds
-        for phase in phases(plan, max_num_seqs):
+        for number, phase in enumerate(phases(plan, max_num_seqs)):
             now = time.monotonic()
             if now >= deadline:
                 result.phases.append(PhaseTimes(phase.name, now, now, 0, 0, "out of time"))
                 continue
-            records = await self._phase(phase, deadline - now)
+            records = await self._phase(phase, deadline - now, self._seed + 1000 * number)
             failed = sum(record.error is not None for record in records)
             result.phases.append(PhaseTimes(phase.name, now, time.monotonic(), len(records), failed))
             result.records += records
             self._say(f"{phase.name}: {len(records)} requests, {failed} failed")
         return result
 
-    async def _phase(self, phase: Phase, left_s: float) -> list[RequestRecord]:
+    async def _phase(self, phase: Phase, left_s: float, seed: int) -> list[RequestRecord]:
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            client = Client(session, self._settings, None, self._tokens, f"{phase.name}-{self._seed}")
+            client = Client(session, self._settings, None, self._tokens, f"{phase.name}-{seed}")
             if isinstance(phase, Burst):
                 return await self._burst(client, phase, left_s)
-            return (await self._closed(client, phase, left_s)).records
+            return (await self._closed(client, phase, left_s, seed)).records
 
     async def _burst(self, client: Client, phase: Burst, left_s: float) -> list[RequestRecord]:
         """The jobs, `at_once` at a time; cut off when the plan's time is over."""
@@ -112,27 +113,29 @@ class Profiler:
         await asyncio.gather(*tasks, return_exceptions=True)
         return records
 
-    async def _closed(self, client: Client, phase: ClosedLoop, left_s: float) -> LoadResult:
+    async def _closed(self, client: Client, phase: ClosedLoop, left_s: float, seed: int) -> LoadResult:
         prompts = load_prompt_set(self._workload.prompts or PromptSetConfig())
-        workload = build_workload(self._workload, prompts, phase.users, self._seed + phase.users, None)
+        workload = build_workload(self._workload, prompts, phase.users, seed + phase.users, None)
         settings = dataclasses.replace(self._settings, max_duration_s=min(phase.seconds, left_s))
         return await LoadRun(workload, phase.users, client, settings).run()
 
 
 def profile_steps(log: StepLog, run: ProfileRun) -> tuple[list[Batch], npt.NDArray[np.float64]]:
-    """Batches and periods of all steps of the plan's phases (warm-up excluded), in recorded order."""
-    periods = log.periods_s()
+    """Batches of all steps of the plan's phases (warm-up excluded) and their seconds, in recorded order.
+
+    The seconds are those of a host at the profile's median speed (see `testbed.host_speed`).
+    """
     spans = [(p.start_s, p.end_s) for p in run.phases if p.skipped is None and p.name != "warmup"]
-    batches, durations = [], []
-    for step, period_s in zip(log.steps, periods, strict=True):
-        if any(start <= step.schedule_s and step.updated_s <= end for start, end in spans):
-            batches.append(step.batch())
-            durations.append(period_s)
+    durations_s = log.periods_s() / slowness(log, reference_probe_s(log))
+    inside = [
+        any(start <= step.schedule_s and step.updated_s <= end for start, end in spans) for step in log.steps
+    ]
+    batches = [step.batch() for step, use in zip(log.steps, inside, strict=True) if use]
     if not batches:
         raise DataError(
             "the profile recorded no step; did the server run with the recorder (live.record_steps)?"
         )
-    return batches, np.array(durations)
+    return batches, durations_s[np.array(inside)]
 
 
 def frontend_delays_s(records: Sequence[RequestRecord], log: StepLog) -> dict[str, float]:
@@ -208,6 +211,7 @@ def fit(
             "phases": [dataclasses.asdict(phase) for phase in run.phases],
             "requests": len(run.records),
             "recorder_overhead": round(log.record_overhead(), 5),
+            "probe_s": reference_probe_s(log),
             "model_config": _hf_config(spec),
         },
         seed=seed,

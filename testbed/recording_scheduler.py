@@ -10,7 +10,8 @@ Lines, by their first element:
   "a"  [t, index, request id, prompt tokens, max_tokens, priority, block hashes of the prompt]
   "f"  [t, index, status, output tokens, preemptions, block hashes at the end]
   "s"  [n, s0, s1, u0, u1, running, waiting, blocks used, decode rows, their computed tokens summed,
-        the largest of these, other rows, preempted indices, prefix hits, tokens out, record cost]
+        the largest of these, other rows, preempted indices, prefix hits, tokens out, record cost,
+        CPU seconds of the engine's thread so far, probe seconds or null]
 s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are
 [index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]; decode rows (one
 token, prompt computed) are folded, so that a line does not grow with the batch. Prefix hits are
@@ -32,6 +33,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 FLUSH_PERIOD_S = 0.5
+PROBE_PERIOD_S = 0.02
 
 
 class StepLog:
@@ -67,6 +69,40 @@ class StepLog:
         """Write what is queued; safe to call twice."""
         self._stop.set()
         self._drain()
+
+
+class SpeedProbe:
+    """A fixed piece of work whose time tells how fast this core is at the moment.
+
+    On a shared host the same step takes half as long again for seconds at a time: other tenants use
+    the core's other thread, its caches and its memory. Of the probe's 0.2 ms a third is arithmetic
+    in the first cache (a 64 x 64 product), a third reads 512 KiB, a third goes on through 8 MiB; its
+    time follows that of the steps one to one (docs/testbed.md). At most every 20 ms.
+    """
+
+    def __init__(self) -> None:
+        import numpy as np  # late: only where the probe is asked for
+
+        random = np.random.default_rng(0)
+        self._square = random.random((64, 64), dtype=np.float32)
+        self._near = random.random(1 << 16)
+        self._far = random.random(1 << 20)
+        self._at = 0
+        self._due_s = 0.0
+
+    def __call__(self) -> float | None:
+        """Seconds that the work took just now; None when the last time was a moment ago."""
+        start_s = time.monotonic()
+        if start_s < self._due_s:
+            return None
+        self._square @ self._square
+        self._square @ self._square
+        self._near.sum()
+        self._far[self._at : self._at + (1 << 16)].sum()
+        end_s = time.monotonic()
+        self._at = (self._at + (1 << 16)) % (1 << 20)
+        self._due_s = end_s + PROBE_PERIOD_S
+        return end_s - start_s
 
 
 def _meta(scheduler: Any) -> dict[str, Any]:
@@ -107,6 +143,7 @@ class RecordingMixin:
         self._added = 0
         self._index: dict[str, int] = {}
         self._in_flight: deque[list[Any]] = deque()
+        self._probe = SpeedProbe() if os.environ.get("ERSIM_SPEED_PROBE") == "1" else None
         self._log.put(("m", _meta(self)))
 
     def add_request(self, request: Any) -> None:
@@ -166,6 +203,7 @@ class RecordingMixin:
         record = self._in_flight.popleft()  # first in, first out: outputs come in schedule order
         record[4], record[5] = u0, u1
         record[15] = sum(len(out.new_token_ids) for core in result.values() for out in core.outputs)
+        record += (time.thread_time(), self._probe() if self._probe is not None else None)
         record[16] += time.monotonic() - u1
         self._log.put(tuple(record))
         return result

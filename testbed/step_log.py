@@ -36,7 +36,11 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class LoggedStep:
-    """One engine step that ran something; times are monotonic seconds."""
+    """One engine step that ran something; times are monotonic seconds.
+
+    cpu_s: CPU seconds of the engine's thread until this step's end; probe_s: what the speed probe
+    took then (see `recording_scheduler.SpeedProbe`). None where they were not recorded.
+    """
 
     number: int
     schedule_s: float
@@ -54,6 +58,8 @@ class LoggedStep:
     hits: tuple[tuple[int, int], ...]
     tokens_out: int
     record_cost_s: float
+    cpu_s: float | None = None
+    probe_s: float | None = None
 
     def batch(self) -> Batch:
         """The step as the step-time models see it."""
@@ -158,7 +164,7 @@ def _step(record: Sequence[Any]) -> LoggedStep:
         tuple(StepRow(*row) for row in record[12]),
         tuple(record[13]),
         tuple((index, tokens) for index, tokens in record[14]),
-        *record[15:17],
+        *record[15:19],
     ]
     return LoggedStep(*values)
 

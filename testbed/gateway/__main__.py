@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -24,6 +25,8 @@ async def serve(settings: GatewaySettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
+        gc.collect()
+        gc.freeze()  # the policy's objects are here to stay: full collections need not walk them
         await web.TCPSite(runner, settings.host, settings.port, backlog=4096).start()
         print(f"gateway on http://{settings.host}:{settings.port}", flush=True)
         await stop.wait()

@@ -15,11 +15,12 @@ from experiments.gpu_session import commands
 from experiments.live import split_arguments
 from experiments.live_schema import LiveConfig, list_overrides
 from experiments.validate import check_loads
+from testbed.contention import Contention
 from testbed.fleet_calibration import FleetCalibration, load, save, with_calibrations
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = FleetCalibration(
-    "f", {"a": "a.json"}, {"a": 1.0}, {"a": {}},
+    "f", {"a": "a.json"}, {"a": Contention(1.05, {"b": 0.1}, 0.001, 0.002)},
     {"network_s": 0.001, "base_s": 0.0002, "routing_s": 0.0004, "backend_network_s": 0.003},
     [3, 6], "0.32.0",
 )  # fmt: skip

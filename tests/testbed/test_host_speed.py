@@ -1,0 +1,57 @@
+"""The host's speed: step times cleared of it, and traces that a simulation follows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from testbed.host_speed import SpeedTrace, reference_probe_s, slowness
+from testbed.step_log import LoggedStep, StepLog
+
+PROBE_S = 0.0002
+
+
+def log_of(factors: list[float], probed: bool = True) -> StepLog:
+    """Back-to-back steps of 20 ms at speed 1, each `factor` times as long, probed after every step."""
+    steps, clock = [], 0.0
+    for number, factor in enumerate(factors):
+        end = clock + 0.02 * factor
+        plain = LoggedStep(
+            number, clock, clock + 1e-4, end - 1e-4, end, 1, 0, 1, 1, 9, 9, (), (), (), 1, 1e-5
+        )
+        steps.append(dataclasses.replace(plain, probe_s=PROBE_S * factor) if probed else plain)
+        clock = end
+    return StepLog({"async_scheduling": False}, steps, {})
+
+
+def test_a_host_that_slows_down_is_told_from_slow_steps() -> None:
+    log = log_of([1.0] * 100 + [1.5] * 60)
+    reference = reference_probe_s(log)
+    assert reference == pytest.approx(PROBE_S)
+    cleared = log.periods_s() / slowness(log, reference)
+    away_from_the_change = np.r_[cleared[:90], cleared[110:]]
+    np.testing.assert_allclose(away_from_the_change, 0.02, rtol=1e-6)
+
+
+def test_one_disturbed_probe_changes_nothing() -> None:
+    log = log_of([1.0] * 50)
+    steps = list(log.steps)
+    steps[20] = dataclasses.replace(steps[20], probe_s=50 * PROBE_S)
+    np.testing.assert_allclose(slowness(StepLog(log.meta, steps, {}), PROBE_S), 1.0)
+
+
+def test_without_probes_the_host_is_as_it_was() -> None:
+    log = log_of([1.0, 2.0, 1.0], probed=False)
+    assert reference_probe_s(log) is None
+    np.testing.assert_array_equal(slowness(log, None), np.ones(3))
+    np.testing.assert_array_equal(slowness(log, PROBE_S), np.ones(3))
+
+
+def test_a_trace_follows_the_run_and_fills_its_gaps() -> None:
+    trace = SpeedTrace.of_steps(np.array([0.1, 0.2, 2.1]), np.array([1.0, 1.2, 2.1]))
+    assert trace.at(0.3) == pytest.approx(1.1)
+    assert trace.at(1.1) == pytest.approx(1.1 + 2 * 0.25)
+    assert trace.at(99.0) == pytest.approx(2.1)
+    assert SpeedTrace.of_steps(np.array([]), np.array([])).at(3.0) == 1.0
