@@ -28,6 +28,7 @@ from ersim.steptime.calibration import (
 from ersim.steptime.capacity import kv_cache_bytes
 from ersim.steptime.roofline import build_roofline
 from ersim.steptime.specs import canonical_precision, check_tensor_parallel, load_gpu, load_model
+from ersim.steptime.transfer import Setting, build_transfer, nearest
 from experiments.paths import conf_dir
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -38,8 +39,8 @@ SMALLEST_CONTEXT = 2048  # a model that cannot hold one such request at 95 % of 
 class CalibrateConfig:
     """What to build: one calibration, or with `all` every one that fits its GPU.
 
-    source: tables, profile, steps or roofline. data: folder or file of raw measurements. out: file
-    to write, default conf/calibration/<gpu>/. list, show: only look.
+    source: tables, profile, steps, transfer (from the nearest other GPU) or roofline. data: folder or
+    file of raw measurements. out: file to write, default conf/calibration/<gpu>/. list, show: only look.
     """
 
     source: str = "tables"
@@ -208,6 +209,12 @@ def build(config: CalibrateConfig, gpu: str, model: str, precision: str, tp: int
         raise unknown_choice("source", config.source, SOURCES)
     if config.source == "roofline":
         return build_roofline(load_model(model), load_gpu(gpu), precision, tp)
+    if config.source == "transfer":
+        target = Setting(load_model(model), load_gpu(gpu), precision, tp)
+        base = nearest(target, leave_out=(gpu,))
+        if base is None:
+            raise ConfigError(f"no calibration of {model} to carry over to {gpu}; take source=roofline")
+        return build_transfer(base, target)
     if config.data is None:
         raise bad_value("data", f"the path of the raw measurements for source={config.source}", None)
     data = Path(config.data)

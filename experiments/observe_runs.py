@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ersim.config import ExpertConfig
-from ersim.steptime import ExpertModel, build_expert_model
-from ersim.steptime.calibration import Calibration
+from ersim.steptime import ExpertModel, build_expert_model, load, load_gpu, load_model
+from ersim.steptime.calibration import Calibration, resolve
 from ersim.steptime.evaluate import PreparedStepTime
+from ersim.steptime.transfer import Setting, build_transfer
 from ersim.types import Batch
 from experiments.overheads import (
     HOST_TERMS,
@@ -37,6 +38,11 @@ STAGE_SECONDS = 120.0  # a stage's TPOT is known from this much of it
 
 def with_overheads(calibration: Calibration, overheads: Overheads) -> Calibration:
     """The same measurements with other coefficients; calibrations that are not made so stay as they are."""
+    if calibration.source == "transfer":
+        base = load(resolve(str(calibration.provenance["base"]), "transfer"))
+        model, gpu = load_model(calibration.model), load_gpu(calibration.gpu)
+        target = Setting(model, gpu, calibration.precision, calibration.tp)
+        return build_transfer(with_overheads(base, overheads), target)
     if calibration.source not in ("tables", "profile"):
         return calibration
     terms = []

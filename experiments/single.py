@@ -67,7 +67,7 @@ def describe(summary: dict[str, Any]) -> str:
     if not summary.get("steady", True):
         lines.append("note: the run never reached a steady state; these are figures of its second half")
     if not summary.get("calibrated", True):
-        lines.append("note: at least one expert is UNCALIBRATED (datasheet roofline)")
+        lines.append("note: at least one expert is UNCALIBRATED (not measured: see the warnings)")
     lines += [f"warning: {text}" for text in summary.get("warnings", [])]
     return "\n".join(lines)
 

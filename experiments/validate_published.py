@@ -105,7 +105,8 @@ def predict(case: Case, replications: int) -> list[Comparison]:
         requests = simulate_case(case, expert, step_time, drawn, seed=number)
         for group, found in groups.items():
             found.append(figures(requests, case, group))
-    label = expert.calibration.name if expert.calibration.calibrated else "uncalibrated roofline"
+    name = expert.calibration.name
+    label = name if expert.calibration.calibrated else f"uncalibrated: {name}"
     return [
         _compare(case, group, metric, value, [draw[metric] for draw in groups[group]], label)
         for group, measured in case.measured.items()

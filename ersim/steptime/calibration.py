@@ -30,7 +30,8 @@ from ersim.steptime.terms import SIDES, check_term
 
 FORMAT = "ersim-calibration"
 VERSION = 1
-SOURCES = ("steps", "profile", "tables", "roofline")  # in the order in which "auto" prefers them
+SOURCES = ("steps", "profile", "tables", "transfer", "roofline")  # in the order "auto" prefers them
+UNCALIBRATED = ("transfer", "roofline")
 CALIBRATION_DIR = CONF_DIR / "calibration"
 RANGE_KEYS = ("tokens", "decode_seqs", "context_tokens", "prefill_chunk_tokens", "prefill_context_tokens")
 
@@ -75,8 +76,8 @@ class Calibration:
 
     @property
     def calibrated(self) -> bool:
-        """False for a roofline: nothing was measured on this model, precision and GPU."""
-        return self.source != "roofline"
+        """False where nothing was measured on this model, precision and GPU: carried over, or a roofline."""
+        return self.source not in UNCALIBRATED
 
     @property
     def digest(self) -> str:

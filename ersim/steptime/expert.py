@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from ersim.steptime.specs import (
     load_gpu,
     load_model,
 )
+from ersim.steptime.transfer import Setting, build_transfer, nearest
 
 FRONTEND_REL_STD = 0.4  # doubt (log) of an assumed API server time; docs/accuracy.md
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16  # vLLM 0.32's defaults
@@ -155,7 +156,20 @@ def _choose(expert: ExpertConfig, model: ModelSpec, gpu: GpuSpec | None, precisi
     path = None
     if expert.calibration == "auto":
         path = calibrations.find(gpu.name, model.name, precision, expert.tp)
-    return calibrations.load(path) if path else build_roofline(model, gpu, precision, expert.tp)
+    if path:
+        return calibrations.load(path)
+    if expert.calibration == "auto":
+        return estimate(model, gpu, precision, expert.tp)
+    return build_roofline(model, gpu, precision, expert.tp)
+
+
+def estimate(
+    model: ModelSpec, gpu: GpuSpec, precision: str, tp: int, leave_out: Sequence[str] = ()
+) -> Calibration:
+    """The uncalibrated step time: carried over from the nearest GPU that ran this model, else a roofline."""
+    target = Setting(model, gpu, precision, tp)
+    base = nearest(target, leave_out)
+    return build_transfer(base, target) if base is not None else build_roofline(model, gpu, precision, tp)
 
 
 def _resolve_engine(
