@@ -28,9 +28,9 @@ from scipy.stats import t as student
 
 from ersim.errors import ErsimError
 from ersim.steptime import ExpertModel
-from ersim.steptime.expert import FRONTEND_REL_STD
-from experiments.observe_runs import expert_model, fold
-from experiments.overheads import Observation, load_overheads
+from ersim.steptime.expert import FRONTEND_REL_STD, estimate
+from experiments.observe_runs import expert_model, fold, with_overheads
+from experiments.overheads import Observation, load_observations, load_overheads
 from experiments.published_runs import Case, read_runs
 from experiments.simulate_published import figures, simulate_case
 
@@ -80,21 +80,35 @@ class Comparison:
         return max(self.high - self.predicted, self.predicted - self.low) / self.predicted
 
 
-def judged_expert(case: Case) -> ExpertModel:
-    """The expert with coefficients that never saw the rows it is judged on."""
+def judged_expert(case: Case, other_gpus: bool = False) -> ExpertModel:
+    """The expert with coefficients that never saw the rows it is judged on.
 
-    def same(row: Observation) -> bool:
-        return row.run == case.run and row.group == fold(case)
+    other_gpus: also without every calibration of the case's own GPU, and without all of its run.
+    """
+    own = {(row.run, row.group) for row in load_observations() if _is_of(row, case, whole_run=other_gpus)}
+    overheads = load_overheads(leave_out=lambda row: (row.run, row.group) in own)
+    expert = expert_model(case.expert, overheads)
+    if not other_gpus or expert.gpu is None:
+        return expert
+    gpu, known = expert.gpu, expert.calibration
+    carried = estimate(expert.model, gpu, known.precision, known.tp, leave_out=(gpu.name,))
+    return dataclasses.replace(expert, calibration=with_overheads(carried, overheads))
 
-    return expert_model(case.expert, load_overheads(leave_out=same))
+
+def _is_of(row: Observation, case: Case, whole_run: bool) -> bool:
+    """Whether an observation comes from the case's own rows, under this folder's name or another."""
+    if row.run == case.run:
+        return whole_run or row.group == fold(case)
+    measured = [figures.get("mean_tpot_ms") for figures in case.measured.values()]
+    return any(value is not None and abs(value / row.tpot_ms - 1) < 1e-5 for value in measured)
 
 
-def predict(case: Case, replications: int) -> list[Comparison]:
+def predict(case: Case, replications: int, other_gpus: bool = False) -> list[Comparison]:
     """Simulate one case with drawn coefficients and compare every measured figure.
 
     Draws come in pairs reflected at the mean, so that few of them do not shift the middle.
     """
-    expert = judged_expert(case)
+    expert = judged_expert(case, other_gpus)
     frontend = expert.calibration.frontend
     groups: dict[str, list[dict[str, float]]] = {group: [] for group in case.measured}
     for number in range(replications):
@@ -200,6 +214,9 @@ def report(rows: Sequence[Comparison], skipped: Sequence[str], notes: Iterable[s
     groups = summarise(rows)
     show_summary(groups)
     print("\ncoefficients: fitted on the other published runs; of a series, on the rows of other TP degrees")
+    for run in dict.fromkeys(row.run for row in rows):
+        used = dict.fromkeys(row.calibration for row in rows if row.run == run)
+        print(f"step times of {run}: {', '.join(used)}")
     for note in notes:
         print(f"note: {note}")
     for line in skipped:
@@ -210,22 +227,25 @@ def report(rows: Sequence[Comparison], skipped: Sequence[str], notes: Iterable[s
     return {"inside_share": inside, "runs": groups, "skipped": list(skipped), "records": records}
 
 
-def _predict_or_say(case: Case, replications: int) -> tuple[list[Comparison], str | None]:
+def _predict_or_say(case: Case, replications: int, other_gpus: bool) -> tuple[list[Comparison], str | None]:
     """A case's comparisons, or why it could not be simulated."""
     try:
-        return predict(case, replications), None
+        return predict(case, replications, other_gpus), None
     except ErsimError as error:
         return [], f"{case.run} {case.row}: {error}"
     except Exception as error:  # a fault of ours in one run must not cost the others
         return [], f"{case.run} {case.row}: {type(error).__name__}: {error}"
 
 
-def predict_all(cases: Sequence[Case], replications: int) -> tuple[list[Comparison], list[str]]:
+def predict_all(
+    cases: Sequence[Case], replications: int, other_gpus: bool = False
+) -> tuple[list[Comparison], list[str]]:
     """All cases on all cores, in order, with progress on standard error."""
     rows: list[Comparison] = []
     skipped: list[str] = []
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = pool.map(_predict_or_say, cases, [replications] * len(cases))
+        count = len(cases)
+        results = pool.map(_predict_or_say, cases, [replications] * count, [other_gpus] * count)
         for number, (found, why) in enumerate(results, 1):
             print(f"\r{number}/{len(cases)} cases simulated", end="", file=sys.stderr, flush=True)
             rows.extend(found)
@@ -244,6 +264,11 @@ def main() -> None:
     parser.add_argument(
         "--replications", type=int, default=8, help="draws behind each interval (an even number)"
     )
+    parser.add_argument(
+        "--other-gpus",
+        action="store_true",
+        help="use no calibration of the run's own GPU: how well step times carry over",
+    )
     options = parser.parse_args()
     unread: list[str] = []
     try:
@@ -251,7 +276,7 @@ def main() -> None:
     except (ErsimError, OSError) as error:
         print(f"validate-published: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    rows, skipped = predict_all(cases, options.replications)
+    rows, skipped = predict_all(cases, options.replications, options.other_gpus)
     notes = dict.fromkeys(f"{case.run}: {note}" for case in cases for note in case.notes)
     print(json.dumps(report(rows, [*unread, *skipped], notes)))
     if not rows:
