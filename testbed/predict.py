@@ -58,12 +58,12 @@ def predict_once(
     shared: Preparations,
     known: FleetCalibration | None,
     replication: int,
-    speed: Speed,
+    speed: Speed | None = None,
 ) -> RunOutput:
-    """One replication; number 0 has the mean coefficients, later ones draw them."""
+    """One replication; number 0 has the mean coefficients, later ones draw them. No speed: slowness 1."""
     routing = shared.routing(config)
     seed = None if replication == 0 else config.seed + replication
-    times = _step_times(config, shared, known, seed, speed)
+    times = _step_times(config, shared, known, seed, speed or {})
     experts = [shared.expert(e, f"fleet.experts.{n}") for n, e in config.fleet.experts.items()]
     system = System(
         config,
