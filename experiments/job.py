@@ -61,6 +61,6 @@ def job_weight(config: DictConfig) -> float:
     Requests to simulate, by replications; small fleets take more steps in all, not more requests.
     """
     requests = config.workload.requests or max(2000, 10 * int(config.users))
-    replications = str(config.uncertainty.replications)
+    replications = str(config.get("replications") or config.uncertainty.replications)
     count = int(replications) if replications.isdigit() else int(config.uncertainty.min_replications)
     return float(requests * count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -28,9 +28,13 @@ class TrackingConfig:
 
 @dataclass
 class RunConfig(SimulationConfig):
-    """A simulation, the name of the study it belongs to, and where it is logged."""
+    """A simulation, the name of the study it belongs to, and where it is logged.
+
+    replications: auto or a number, short for uncertainty.replications; None leaves that as it is.
+    """
 
     name: str = "adhoc"
+    replications: Optional[str] = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -57,4 +61,6 @@ def to_run(config: DictConfig) -> RunConfig:
 def to_simulation(run: RunConfig) -> SimulationConfig:
     """The part that the model sees: results do not depend on a study's name or on tracking."""
     values: dict[str, Any] = {item.name: getattr(run, item.name) for item in fields(SimulationConfig)}
+    if run.replications is not None:
+        values["uncertainty"] = replace(run.uncertainty, replications=run.replications)
     return SimulationConfig(**values)
