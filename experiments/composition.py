@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 from hydra._internal import hydra as hydra_core
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, _utils, omegaconf
 
@@ -45,13 +47,18 @@ class SingleComposition(ConfigLoaderImpl):
         told = overrides[-1:] == [RUN_MODE]
         found = asked.pop((config_name, tuple(overrides[:-1] if told else overrides)), None)
         if found is None or run_mode is not RunMode.RUN or not validate_sweep_overrides:
-            return super().load_configuration(
-                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
-            )
+            return self._composed(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         if told:
             found.hydra.mode = RunMode.RUN
             found.hydra.overrides.hydra.append(RUN_MODE)
         return found
+
+    def _composed(self, *arguments: Any) -> DictConfig:
+        """What Hydra composes; a file that is no YAML is one message that names file and line."""
+        try:
+            return super().load_configuration(*arguments)
+        except yaml.YAMLError as error:
+            raise ConfigCompositionException(f"not valid YAML: {error}") from error
 
 
 def _names_a_sweep(overrides: list[str]) -> bool:

@@ -66,3 +66,12 @@ def test_starting_loads_no_library_that_only_the_end_needs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_fleet_that_is_no_yaml_is_one_message(ersim: Callable) -> None:
+    Path("mine/fleet").mkdir(parents=True)
+    Path("mine/fleet/broken.yaml").write_text("name: broken\nexperts: [\n")
+    run = ersim("--config-dir", "mine", "fleet=broken")
+    assert run.code == 1
+    assert "not valid YAML" in run.err and "broken.yaml" in run.err and "line 3" in run.err
+    assert "Traceback" not in run.err
