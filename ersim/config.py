@@ -150,7 +150,7 @@ class RouterConfig:
     policy_path: Optional[str] = None
     train_fraction: float = 0.5
     balancer: str = "least_outstanding"
-    spill: Optional[dict[str, Any]] = None
+    spill: Optional[dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass

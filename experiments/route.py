@@ -15,7 +15,6 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import hydra
-from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -197,8 +196,15 @@ def _task(config: DictConfig) -> None:
         check(job)
         figures = actions[job.action](job)
     except ErsimError as error:
-        raise CompactHydraException(str(error)) from error
+        say(f"ersim-route: {error}")
+        raise SystemExit(2) from error
     print(to_json(figures, indent=None))
+
+
+def _overrides_first(arguments: list[str]) -> list[str]:
+    """Overrides before options such as ``--config-dir mine``: Hydra takes them in one row only."""
+    overrides = [item for item in arguments if item[:1] != "-" and ("=" in item or item[:1] == "~")]
+    return [*overrides, *(item for item in arguments if item not in overrides)]
 
 
 def main() -> None:
@@ -217,7 +223,7 @@ def main() -> None:
             )
             raise SystemExit(2)
         arguments[0] = f"action={arguments[0]}"
-    sys.argv[1:] = [*arguments, f"hydra.searchpath=[file://{conf}]"]
+    sys.argv[1:] = _overrides_first([*arguments, f"hydra.searchpath=[file://{conf}]"])
     register()
     hydra.main(version_base="1.3", config_path=str(conf / "route"), config_name="route")(_task)()
 

@@ -45,7 +45,7 @@ def build_policy(
         policy.fit(prompts, seed)
     if policy.sees_asked and asked is not None:
         policy.reveal(asked)
-    if config.spill is not None:
+    if config.spill:
         from ersim.routing.policies.spill import Spill
 
         policy = Spill.around(policy, plain(config.spill))

@@ -1,13 +1,16 @@
 """Policies by name: a user's own policy is one class and one config entry.
 
 `router.policy` is a registered name or the dotted path of a `Policy` subclass
-(`my_package.my_module.MyPolicy`), which is imported when it is asked for.
+(`my_package.my_module.MyPolicy`), which is imported when it is asked for: from what is installed, else
+from the working directory.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -46,14 +49,28 @@ def policy_class(name: str) -> type[Policy]:
     else:
         raise unknown_choice("router.policy", name, [*BUILTIN, "package.module.Class"])
     try:
+        look_in_working_directory()
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"router.policy {name!r} cannot be imported: {error}") from error
+        raise ConfigError(
+            f"router.policy {name!r} cannot be imported: {error}; a module of your own must be installed "
+            f"or lie under the working directory, {Path.cwd()}"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise ConfigError(f"router.policy {name!r} must be a subclass of ersim.routing.Policy, got {found!r}")
     if "name" not in vars(found):
         found.name = name
     return found
+
+
+def look_in_working_directory() -> None:
+    """Let imports find a user's own modules there, after all that is installed.
+
+    Commands do not do so by themselves, unlike ``python -m``.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def create_policy(name: str, experts: Sequence[ExpertProfile], params: Mapping[str, Any]) -> Policy:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ersim.errors import ConfigError, DataError
 from ersim.routing.policy import Policy
+from ersim.routing.registry import look_in_working_directory
 from ersim.util.files import write_atomically
 
 MAGIC = "ersim-policy"
@@ -85,6 +86,7 @@ def load_policy(path: Path | str, experts: Sequence[str]) -> Policy:
     body = Path(path).read_bytes().partition(b"\n")[2]
     if hashlib.sha256(body).hexdigest() != header["sha256"]:
         raise DataError(f"{path} is damaged (digest mismatch, perhaps cut off): fit the policy again")
+    look_in_working_directory()  # where a user's own class may be
     try:
         policy = pickle.loads(body)
     except Exception as error:  # unpickling can raise anything when classes have moved

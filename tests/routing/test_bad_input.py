@@ -102,6 +102,16 @@ def test_a_loaded_policy_takes_a_new_threshold(
     assert build_policy(config, pair.experts, [], 0).threshold == float("-inf")
 
 
+def test_a_loaded_policy_keeps_its_threshold_when_told_nothing(
+    pair: FleetState, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.ersim"
+    fitted = build(pair, prompts, policy="threshold", params={"share": 0.2})
+    fitted.save(path)
+    loaded = build_policy(RouterConfig(policy="saved", policy_path=str(path)), pair.experts, [], 0)
+    assert loaded.threshold == fitted.threshold != 0.0
+
+
 def test_split_keeps_equal_texts_together(make_prompts) -> None:  # type: ignore[no-untyped-def]
     prompts = make_prompts(60) * 3
     train, ask = split_prompts(prompts, 0.5, 4)

@@ -79,7 +79,10 @@ class TwoTier(Policy):
         return np.where(scores[:, self.strong[0]] >= 0.0, self.strong[0], self.weak[0]).astype(np.intp)
 
     def adjust(self, **settings: Any) -> None:
-        """Set one of threshold, share, quality, budget; ConfigError names what is out of range."""
+        """Set one of threshold, share, quality, budget; ConfigError names what is out of range.
+
+        Without settings everything stays as it was fitted.
+        """
         known = ("threshold", "share", "quality", "budget")
         for key in settings:
             if key not in known:
@@ -87,8 +90,9 @@ class TwoTier(Policy):
                     f"router.params.{key} cannot change without training policy {self.name} again; "
                     f"at run time only one of {', '.join(known)} can"
                 )
-        self._target = _one_target(**settings)
-        self._apply()
+        if settings:
+            self._target = _one_target(**settings)
+            self._apply()
 
     def _find_tiers(self, prompts: Sequence[Prompt]) -> None:
         self.strong, self.weak = find_tiers(self.profiles, self._strong_name, self._weak_name, prompts)
