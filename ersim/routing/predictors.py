@@ -43,11 +43,11 @@ class Predictor(ABC):
 class Knn(Predictor):
     """Mean label of the k nearest training prompts (Euclidean).
 
-    k is capped at a fifth of the training set.
+    k is capped at a fifth of the training set; None takes twice the root of its size.
     """
 
-    def __init__(self, k: int = 100) -> None:
-        if k < 1:
+    def __init__(self, k: int | None = 100) -> None:
+        if k is not None and k < 1:
             raise bad_value("router.params.predictor_params.k", ">= 1", k)
         self.k = k
 
@@ -56,7 +56,8 @@ class Knn(Predictor):
         self._rows = rows.astype(np.float32)
         self._square = np.einsum("ij,ij->i", self._rows, self._rows)
         self._quality = quality
-        self._near = max(1, min(self.k, len(rows) // 5))
+        wanted = round(2.0 * np.sqrt(len(rows))) if self.k is None else self.k
+        self._near = max(1, min(wanted, len(rows) // 5))
 
     def predict(self, rows: Floats) -> Floats:
         """Unweighted means of the neighbours' labels."""
@@ -254,19 +255,34 @@ class Mlp(Predictor):
 
 
 class Blend(Predictor):
-    """The mean of kNN, ridge and MLP: they err differently, so their mean errs less than each."""
+    """The mean of three predictors: they err differently, so their mean errs less than each.
 
-    def __init__(self, k: int = 40, hidden: int = 64, penalty: float = 1.0) -> None:
-        self._parts: tuple[Predictor, ...] = (Knn(k), Ridge(), Mlp(hidden, penalty))
+    Qualities: kNN, ridge and MLP. Gaps: kNN, ridge and logistic, all three in units of the gap; an
+    MLP's scatter between seeds is too large on the few hundred labels that a pair often has.
+    """
+
+    def __init__(self, k: int | None = None, hidden: int = 64, penalty: float = 1.0, c: float = 0.3) -> None:
+        self._for_quality = (Knn(40 if k is None else k), Ridge(), Mlp(hidden, penalty))
+        self._for_gap = (Knn(k), Ridge(), Logistic(c))
 
     def fit(self, rows: Floats, quality: Floats, seed: int) -> None:
-        """Fit all three on the same labels."""
-        for part in self._parts:
+        """Fit kNN (k: 40 unless said otherwise), ridge and MLP on the same labels."""
+        for part in self._for_quality:
             part.fit(rows, quality, seed)
 
     def predict(self, rows: Floats) -> Floats:
         """Unweighted mean."""
-        total: Floats = np.mean([part.predict(rows) for part in self._parts], axis=0)
+        total: Floats = np.mean([part.predict(rows) for part in self._for_quality], axis=0)
+        return total
+
+    def fit_gap(self, rows: Floats, strong: Floats, weak: Floats, seed: int) -> None:
+        """Fit kNN (k: twice the root of the training set unless said otherwise), ridge and logistic."""
+        for part in self._for_gap:
+            part.fit_gap(rows, strong, weak, seed)
+
+    def predict_gap(self, rows: Floats) -> Floats:
+        """Unweighted mean."""
+        total: Floats = np.mean([part.predict_gap(rows) for part in self._for_gap], axis=0)
         return total
 
 

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[str, dict]] = {
     **{f"cluster-{mapping}": ("cluster", {"mapping": mapping}) for mapping in ("quality", "domain", "load")},
     **{
         f"threshold-{predictor}": ("threshold", {"predictor": predictor, "share": 0.4})
-        for predictor in ("knn", "ridge", "logistic", "matrix_factorisation", "mlp")
+        for predictor in ("knn", "ridge", "logistic", "matrix_factorisation", "mlp", "blend")
     },
     "predictive-knn": ("predictive", {"predictor": "knn", "cost_weight": 0.1}),
     "predictive-mlp": ("predictive", {"predictor": "mlp", "predictor_params": {"epochs": 20}}),

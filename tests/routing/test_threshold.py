@@ -17,7 +17,7 @@ def share(policy, prompts: list[Prompt]) -> float:  # type: ignore[no-untyped-de
     return float(np.mean(policy.decide(policy.score([RoutingQuery(p.text) for p in prompts])) == 1))
 
 
-@pytest.mark.parametrize("predictor", ["ridge", "knn", "logistic", "matrix_factorisation"])
+@pytest.mark.parametrize("predictor", ["ridge", "knn", "logistic", "matrix_factorisation", "blend"])
 def test_predicts_where_the_strong_model_is_needed(pair: FleetState, make_prompts, predictor: str) -> None:  # type: ignore[no-untyped-def]
     prompts = make_prompts(800)
     policy = fit(pair, prompts, predictor=predictor)
