@@ -27,6 +27,14 @@ SHOWN: tuple[tuple[str, str, str, bool], ...] = (
     ("usd_per_correct_answer", "US$ per correct answer", ".5f", False),
 )
 
+# Shown as well where a sweep compares routers.
+SHOWN_OF_ROUTERS: tuple[tuple[str, str, str, bool], ...] = (
+    ("misroute_rate_by_domain", "share sent to another domain's expert", ".3f", False),
+    ("strong_call_share", "share sent to the largest model", ".3f", False),
+    ("load_imbalance", "busiest expert over an even share", ".2f", False),
+    ("quality_given_up", "score given up by spilling", ".4f", False),
+)
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The sweep's sweep.json. Raises DataError if `folder` is not a sweep."""
@@ -103,7 +111,9 @@ def show(frame: pd.DataFrame) -> str:
     if done.empty:
         return "no job finished"
     blocks = []
-    for column, heading, form, more in SHOWN:
+    routers = done.get("override:router")
+    extra = SHOWN_OF_ROUTERS if routers is not None and routers.nunique() > 1 else ()
+    for column, heading, form, more in (*SHOWN, *extra):
         if column in done and done[column].notna().any():
             blocks.append(_block(done, column, heading, form, more))
     if (done["line"].nunique() > 1) and blocks:

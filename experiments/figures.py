@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -101,7 +102,9 @@ COST_X, COST_Y, QUALITY = "p99_ttft_ms", "usd_per_mtok_output", "mean_score"
 
 def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     """Draw all figures that the finished jobs allow into `folder`; returns the PNGs written."""
-    done = frame[frame["status"] == "finished"]
+    from experiments.routing_figure import draw_routers, several_routers
+
+    done = finished = frame[frame["status"] == "finished"]
     if done.empty:
         return []
     used = {
@@ -127,6 +130,8 @@ def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
             written.append(_save(_cost(points, lines, title), folder / "cost.png"))
             if QUALITY in points and points[QUALITY].notna().any():
                 written.append(_save(_quality(points, lines, title), folder / "quality.png"))
+        if several_routers(finished):
+            written.append(_save(draw_routers(finished, title), folder / "routers.png"))
     return written
 
 
@@ -168,7 +173,7 @@ def _draw(
         own = points[points["line"] == line].sort_values("users")
         users, values = own["users"].to_numpy(float), own[panel.line].to_numpy(float) * panel.scale
         colour, marker = _look(index)
-        axes.plot(users, values, color=colour, marker=marker, markersize=5, linewidth=1.8)
+        axes.plot(users, values, _dash(index), color=colour, marker=marker, markersize=5, linewidth=1.8)
         if bands and panel.low in own and panel.high in own:
             low, high = own[panel.low].to_numpy(float), own[panel.high].to_numpy(float)
             axes.fill_between(
@@ -190,7 +195,14 @@ def _draw(
 
 
 def _look(index: int) -> tuple[str, str]:
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    """Colour and marker of a line; no two alike among the first 64."""
+    turn = index // len(COLOURS)
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)]
+
+
+def _dash(index: int) -> str:
+    """Solid for the first lines, dashed once the colours come round again."""
+    return "-" if index < len(COLOURS) else "--"
 
 
 def _user_ticks(users: Sequence[int]) -> list[int]:
@@ -240,14 +252,14 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     """Cost against p99 TTFT: one curve per fleet through its loads; lower left is better."""
     figure, axes = plt.subplots(figsize=(10.0, 5.6))
-    figure.subplots_adjust(left=0.09, right=0.97, top=0.88, bottom=0.11)
+    figure.subplots_adjust(left=0.08, right=0.74, top=0.88, bottom=0.11)
     for index, line in enumerate(lines):
         own = points[(points["line"] == line) & points[COST_Y].notna()].sort_values("users")
         if own.empty:
             continue
         x, y = own[COST_X].to_numpy(float) * 1e-3, own[COST_Y].to_numpy(float)
         colour, marker = _look(index)
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=line)
+        axes.plot(x, y, _dash(index), color=colour, marker=marker, markersize=5, linewidth=1.6, label=line)
         for users, here, cost in zip(own["users"], x, y, strict=True):
             if users == own["users"].max():
                 axes.annotate(
@@ -266,22 +278,25 @@ def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     axes.set_title("Cost against tail latency\n", loc="left")
     note = f"{title}; along each curve users grow up to the number at its end; lower left is better"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="#555555")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
 def _quality(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     """Answer quality against cost, and against tail latency; a point's size is its throughput."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 5.6), sharey=True)
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.84, bottom=0.24, wspace=0.06)
-    largest = float(points["output_throughput"].max())
-    for index, line in enumerate(lines):
-        own = points[(points["line"] == line) & points[QUALITY].notna()].sort_values("users")
-        colour, marker = _look(index)
-        size = 20 + 180 * own["output_throughput"].to_numpy(float) / largest
-        for axes, x in ((left, own[COST_Y]), (right, own[COST_X] * 1e-3)):
-            axes.plot(x, own[QUALITY], color=colour, linewidth=0.9, alpha=0.6)
-            axes.scatter(x, own[QUALITY], s=size, color=colour, marker=marker, alpha=0.85, label=line)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 6.4), sharey=True)
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.84, bottom=0.27, wspace=0.06)
+    known = points[points[QUALITY].notna()]
+    largest = float(known["output_throughput"].max())
+    for axes, column, scale in ((left, COST_Y, 1.0), (right, COST_X, 1e-3)):
+        _draw_front(axes, known[column].to_numpy(float) * scale, known[QUALITY].to_numpy(float))
+        for index, line in enumerate(lines):
+            own = known[known["line"] == line].sort_values("users")
+            colour, marker = _look(index)
+            x, y = own[column].to_numpy(float) * scale, own[QUALITY].to_numpy(float)
+            size = 20 + 180 * own["output_throughput"].to_numpy(float) / largest
+            axes.plot(x, y, _dash(index), color=colour, linewidth=0.9, alpha=0.6)
+            axes.scatter(x, y, s=size, color=colour, marker=marker, alpha=0.85, label=line)
     for axes, name in ((left, "US$ per million output tokens"), (right, "p99 TTFT, seconds")):
         axes.set_xscale("log")
         axes.set_xlabel(name)
@@ -289,8 +304,27 @@ def _quality(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
     left.set_ylabel("answer quality (share correct)")
     figure.suptitle("Quality, cost, throughput and tail latency", x=0.07, ha="left", weight="bold")
-    note = f"{title}; along each line users grow; larger points: more tokens per second; upper left is best"
-    figure.text(0.07, 0.90, note, fontsize=9, color="#555555")
+    note = (
+        f"{title}; along each line {known['users'].min():,.0f} to {known['users'].max():,.0f} users; larger "
+        "points: more tokens per second; upper left is best,\ngrey: the Pareto front, which no other "
+        "policy and load beats on both axes"
+    )
+    figure.text(0.07, 0.875, note, fontsize=9, color="#555555")
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, fontsize=9)
     return figure
+
+
+def pareto_front(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[int]:
+    """Indices of the points that no other beats in both: x small, y large; x ascending."""
+    front: list[int] = []
+    for index in np.lexsort((-y, x)):
+        if np.isfinite(x[index]) and (not front or y[index] > y[front[-1]]):
+            front.append(int(index))
+    return front
+
+
+def _draw_front(axes: Axes, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> None:
+    """The front as a broad grey step line behind the points."""
+    front = pareto_front(x, y)
+    axes.step(x[front], y[front], where="post", color="#BBBBBB", linewidth=7, alpha=0.6, zorder=0)

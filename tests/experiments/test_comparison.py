@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from ersim.errors import DataError
 from experiments.comparison import compare, read_jobs, read_manifest, show
-from experiments.figures import write_figures
+from experiments.figures import pareto_front, write_figures
 
 
 def frame_of(rows: list[tuple[str, int, float, float, float]]) -> pd.DataFrame:
@@ -117,3 +118,29 @@ def test_no_finished_job_no_figure(tmp_path: Path) -> None:
     frame = frame_of([("a", 1, 1.0, 0.0, 2.0)]).assign(status="failed")
     assert write_figures(frame, tmp_path, "test") == []
     assert show(frame) == "no job finished"
+
+
+def test_the_pareto_front_is_what_nothing_beats_in_both() -> None:
+    cost = np.array([3.0, 1.0, 2.0, 2.0, 4.0, 1.0, 5.0])
+    quality = np.array([0.9, 0.5, 0.4, 0.7, 0.8, 0.6, 0.9])
+    assert pareto_front(cost, quality) == [5, 3, 0]
+    assert pareto_front(np.array([np.nan, 1.0]), np.array([1.0, 0.5])) == [1]
+
+
+def test_a_sweep_of_routers_is_shown_side_by_side(tmp_path: Path) -> None:
+    rows = [(name, users, users * 10.0, 1.0, 9.0) for name in ("cluster", "random") for users in (1, 10)]
+    frame = frame_of(rows)
+    assert "routers.png" not in {path.name for path in write_figures(frame, tmp_path, "test")}
+    routed = frame.assign(
+        **{
+            "override:router": frame["line"],
+            "load_imbalance": [2.0, 2.5, 1.0, 1.1],
+            "mean_score": 0.5,
+            "seed": 0,
+        }
+    )
+    written = {path.name: path for path in write_figures(routed, tmp_path, "test")}
+    assert written["routers.png"].stat().st_size > 5_000
+    table = show(routed)
+    assert "busiest expert over an even share" in table and "2.50" in table
+    assert "busiest expert" not in show(frame.assign(load_imbalance=1.0))
