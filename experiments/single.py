@@ -53,7 +53,7 @@ def describe(summary: dict[str, Any]) -> str:
     level = round(100 * float(summary.get("interval_level") or 0))
     many = int(summary.get("replications") or 1) > 1
     lines = [
-        f"{summary['fleet']}, router {summary['router']}, {summary['users']} users, "
+        f"{summary['fleet']}, router {summary['router']}, {_load(summary)}, "
         f"{summary['completed_in_all']} requests, {summary.get('gpus')} GPUs"
         + (f"; [{level} % interval of {summary['replications']} replications]" if many else "")
     ]
@@ -70,6 +70,14 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append("note: at least one expert is UNCALIBRATED (not measured: see the warnings)")
     lines += [f"warning: {text}" for text in summary.get("warnings", [])]
     return "\n".join(lines)
+
+
+def _load(summary: dict[str, Any]) -> str:
+    """Who asks: users of a closed loop, a rate, or a trace (neither of which `users` has to do with)."""
+    if summary.get("max_concurrency") is not None:
+        return f"{summary['users']} users"
+    rate = summary.get("request_rate")
+    return "a trace" if rate is None else f"{rate:g} requests/s offered"
 
 
 def _experts(blocks: dict[str, dict[str, Any]]) -> list[str]:

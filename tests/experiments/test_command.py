@@ -79,6 +79,13 @@ def test_a_single_run_leaves_files_that_explain_it(ersim: Callable) -> None:
     assert "output tokens/s" in run.out and "TTFT p99, ms" in run.out
 
 
+def test_an_open_loop_is_headed_by_its_rate_not_by_users(ersim: Callable) -> None:
+    run = ersim(*QUICK, "workload=poisson", "workload.rate_rps=12.5")
+    assert run.code == 0, run.err
+    assert "12.5 requests/s offered" in run.out.splitlines()[0]
+    assert run.record["request_rate"] == 12.5 and run.record["max_concurrency"] is None
+
+
 def test_the_same_command_gives_the_same_bytes(ersim: Callable) -> None:
     for name in ("one", "two"):
         assert ersim(*QUICK, f"hydra.run.dir={name}").code == 0
