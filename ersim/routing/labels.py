@@ -48,7 +48,8 @@ def _demand_labels(
         raise DataError(
             f"the prompt set has no answer quality for expert {', '.join(missing)}: this policy learns from "
             f"labels. The set has labels for: {', '.join(known) or 'no model at all'}; the fleet's models "
-            f"are: {models}. Map columns with workload.prompts.quality_columns or choose a policy without labels"
+            f"are: {models}. Map columns with workload.prompts.quality_columns or choose a policy without "
+            "labels"
         )
 
 
