@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ersim.errors import DataError
 from ersim.steptime.calibration import Calibration, file_name
 from ersim.steptime.specs import canonical_precision, load_gpu, load_model
 from ersim.steptime.terms import curve
 from experiments import layer_profile, op_tables
 from experiments.overheads import Overheads, coefficients, host_terms, load_overheads
+from experiments.published_names import gpu_name, model_name
 
 TABLES_SOURCE = "AIConfigurator-core 0.12.0 operator tables (Apache-2.0)"
 PROFILE_SOURCE = "LLMServingSim 2.0 layer profile (MIT), eager, dummy weights"
@@ -54,6 +56,7 @@ def from_profile(
     """Add up the layer profile in `folder`. Raises DataError when it lacks what is needed."""
     overheads = overheads or load_overheads()
     profile = layer_profile.LayerProfile(folder, tp)
+    _check_origin(profile.meta, folder, gpu, model)
     terms = layer_profile.gpu_terms(profile, load_model(model), load_gpu(gpu))
     _, mixed_error = layer_profile.fit_mixed(profile.attention())
     derived = "the all-reduce is datasheet arithmetic" if tp > 1 else None
@@ -73,6 +76,16 @@ def from_profile(
             "mixed_attention_mape": round(mixed_error, 4),
         },
     )
+
+
+def _check_origin(meta: Mapping[str, Any], folder: Path, gpu: str, model: str) -> None:
+    """Raise DataError where the profile names another GPU or model than the one asked for."""
+    for key, asked, name in (("gpu", gpu, gpu_name), ("model", model, model_name)):
+        recorded = str(meta.get(key) or "")
+        if recorded and name(recorded, str(folder / "meta.yaml")) != asked:
+            raise DataError(
+                f"{folder / 'meta.yaml'}: this is a profile of {recorded}, but {key}={asked} was asked"
+            )
 
 
 def _assemble(

@@ -320,6 +320,8 @@ def _distance(base: _Base, target: Setting) -> float:
         peak = target.gpu.flops["bf16"] * target.gpu.flops_efficiency
         peak /= origin.gpu.flops["bf16"] * origin.gpu.flops_efficiency
         away += GPU_DISTANCE + abs(math.log(target.bandwidth / origin.bandwidth)) + 0.5 * abs(math.log(peak))
-    away += PRECISION_DISTANCE * (base.precision != target.precision)
+    # An A100 dequantises fp8 weights, an H100 multiplies in fp8: not the same kernels under one name.
+    natively = (base.precision in origin.gpu.flops) == (target.precision in target.gpu.flops)
+    away += PRECISION_DISTANCE * (base.precision != target.precision or not natively)
     away += TP_DISTANCE * abs(math.log2(target.tp / base.tp))
     return away + DERIVED_DISTANCE * base.derived

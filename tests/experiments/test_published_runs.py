@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,10 +11,11 @@ import yaml
 
 from ersim.errors import DataError
 from experiments.observe_runs import fold
+from experiments.overheads import load_observations
 from experiments.published_names import engine_settings, gpu_name, model_name, precision_name, version
 from experiments.published_runs import make_workload, metric_name, read_runs, request_count
 from experiments.published_workloads import PooledUsers
-from experiments.validate_published import Comparison, predict, report
+from experiments.validate_published import Comparison, _is_of, judged_expert, predict, report
 
 ROWS = """model,gpu,precision,isl,osl,concurrency,tp,ttft_ms,tpot_ms
 meta-llama/Llama-3.1-8B,h100_sxm,fp8,256,64,4,1,60,6.5
@@ -202,6 +204,25 @@ def test_recorded_settings_win():
     assert "max_model_len" not in found and "policy" not in found
     with pytest.raises(DataError, match="block_size must be a number, got 'sixteen'"):
         engine_settings({"block_size": "sixteen"}, None)
+
+
+def test_a_judged_run_never_saw_itself_under_any_folder_name(runs):
+    """Leave-one-run-out goes by what was measured, not by what the folder is called."""
+    known = next(row for row in load_observations() if row.run.startswith("h200"))
+    (case, *_) = read_runs(runs / "closed")
+    renamed = dataclasses.replace(case, measured={"": {"mean_tpot_ms": known.tpot_ms * (1 + 1e-6)}})
+    assert not any(_is_of(row, case, False) for row in load_observations())
+    assert _is_of(known, renamed, False)
+    assert _is_of(known, dataclasses.replace(case, run=known.run), True)
+
+
+def test_another_gpus_calibration_is_carried_over_when_asked(runs):
+    (case,) = read_runs(runs / "closed")
+    own, other = judged_expert(case), judged_expert(case, other_gpus=True)
+    assert own.calibration.name.startswith("h100-80gb/")
+    assert "carried over from h200-141gb/llama3.1-8b_fp8_tp1" in other.calibration.name
+    rows = [(row.error, row.half_width) for row in predict(case, 2, other_gpus=True)]
+    assert len(rows) == 2 and all(width <= 0.2501 for _, width in rows)
 
 
 def test_statistics_are_named_as_they_are_measured():

@@ -40,6 +40,15 @@ def test_missing_tables_are_named(tmp_path):
         from_profile(tmp_path, "rtx4090", "llama3.1-8b", 1)
 
 
+def test_a_profile_of_another_gpu_or_model_is_refused(tmp_path):
+    (tmp_path / "tp1").mkdir()
+    (tmp_path / "meta.yaml").write_text("gpu: NVIDIA GeForce RTX 4090\nmodel: meta-llama/Llama-3.1-8B\n")
+    with pytest.raises(DataError, match="profile of NVIDIA GeForce RTX 4090, but gpu=h100-80gb was asked"):
+        from_profile(tmp_path, "h100-80gb", "llama3.1-8b", 1)
+    with pytest.raises(DataError, match="but model=llama3"):
+        from_profile(tmp_path, "rtx4090", "llama3.1-70b", 1)
+
+
 @needs_tables
 def test_the_shapes_are_those_that_were_measured():
     listed = pd.read_csv(TABLE_DIR / "llama_gemm_shapes.csv")
