@@ -176,10 +176,8 @@ def many_figures(
     predicted: Floats, learnt: Floats, quality: Floats, states: Sequence[ExpertState]
 ) -> tuple[dict[str, float], tuple[Floats, Floats]]:
     """Figures of a quality-minus-price router; prices relative to the best single model's."""
-    prices = np.array([state.usd_per_mtok_out or 0.0 for state in states])
     best = int(learnt.mean(axis=0).argmax())
-    unit = prices[best] if prices[best] > 0 else 1.0
-    curve = ev.cost_curve(predicted, quality, prices / unit, COST_WEIGHTS)
+    curve = ev.cost_curve(predicted, quality, relative_prices(learnt, states), COST_WEIGHTS)
     single = float(quality[:, best].mean())
     figures = {
         "best_single_quality": single,
@@ -192,6 +190,14 @@ def many_figures(
     if price is not None:
         figures["price_to_match_best_single"] = price
     return figures, (curve.cost, curve.quality)
+
+
+def relative_prices(learnt: Floats, states: Sequence[ExpertState]) -> Floats:
+    """Each model's price over that of the model with the best training labels."""
+    prices = np.array([state.usd_per_mtok_out or 0.0 for state in states])
+    unit = prices[int(learnt.mean(axis=0).argmax())]
+    relative: Floats = prices / (unit if unit > 0 else 1.0)
+    return relative
 
 
 def curve_choice(predicted: Floats, quality: Floats) -> Floats:
@@ -243,7 +249,9 @@ def _baselines(
         figures, curve = many_figures(quality, learnt, quality, states)
         oracle.figures.append(figures)
         oracle.curves.append(curve)
-        random.figures.append({"quality": float(quality.mean())})
+        random.figures.append(
+            {"quality": float(quality.mean()), "price": float(relative_prices(learnt, states).mean())}
+        )
     yield from (random, oracle)
 
 

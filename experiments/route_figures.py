@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ersim.util.files import write_atomically
@@ -46,7 +47,9 @@ def draw_pair(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
                 axes.fill_between(100 * share, *band, color=colour, alpha=0.15, lw=0)
         axes.set_xlabel("share of requests sent to the strong model (%)")
         axes.set_ylabel("mean answer quality (share correct)")
-        axes.set_title(title)
+        axes.set_title(
+            f"{title}; band: range of the best over {len(outcomes[0].figures)} splits", fontsize=11
+        )
         axes.legend(title="router: APGR", fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _save(figure, path)
 
@@ -63,6 +66,7 @@ def draw_many(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
             rows = [[_best_within(curve, price) for price in grid] for curve in outcome.curves]
             mean = np.array(rows).mean(axis=0)
             axes.plot(100 * grid, mean, color=next(coloured, "#7F7F7F"), label=outcome.router)
+        _draw_bounds(axes, outcomes)
         single = [
             o.spread()["best_single_quality"].mean for o in outcomes if "best_single_quality" in o.spread()
         ]
@@ -74,6 +78,21 @@ def draw_many(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
         axes.set_title(title)
         axes.legend(fontsize=9, loc="lower right")
         return _save(figure, path)
+
+
+def _draw_bounds(axes: Axes, outcomes: Sequence[Outcome]) -> None:
+    """The random choice as a point; the oracle in words, for its curve would flatten all others."""
+    spreads = {outcome.router.split(" ")[0]: outcome.spread() for outcome in outcomes}
+    random, oracle = spreads.get("random", {}), spreads.get("oracle", {})
+    if "price" in random:
+        point = 100 * random["price"].mean, random["quality"].mean
+        axes.plot(*point, "x", color="#555555", ms=9, mew=2, label="random model")
+    if "price_to_match_best_single" in oracle:
+        matched, best = oracle["price_to_match_best_single"].mean, oracle["quality"].mean
+        note = (
+            f"oracle (sees the answers): {best:.3f}; matches the best single model at {100 * matched:.0f} %"
+        )
+        axes.text(0.02, 0.97, note, transform=axes.transAxes, fontsize=9, va="top", color="#555555")
 
 
 def _best_within(curve: tuple[np.ndarray, np.ndarray], price: float) -> float:
