@@ -26,7 +26,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test ui lint bench oracle oracle-long live test-live bench-gateway validate-published venv venv-live
+.PHONY: help run test ui lint fast bench oracle oracle-long live test-live bench-gateway validate-published venv venv-live
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -71,6 +71,9 @@ lint: $(READY) ## ruff and mypy
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy ersim experiments testbed
+
+fast: $(READY) ## compile the simulator's hot path (optional; needs a C compiler, takes a minute)
+	@$(PY) -m experiments.compile_hot_path
 
 # ---- measurements (each ends its output with one line of JSON) ----------------------------------
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ersim.compiled import use_binaries
+
 if TYPE_CHECKING:
     from ersim.prepare import Preparations
     from ersim.simulation import Result, simulate
@@ -18,6 +20,9 @@ __all__ = ["Preparations", "Result", "simulate"]
 __version__ = "0.1.0"
 
 _HOMES = {"simulate": "ersim.simulation", "Result": "ersim.simulation", "Preparations": "ersim.prepare"}
+
+
+use_binaries()
 
 
 def __getattr__(name: str) -> Any:

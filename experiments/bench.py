@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import simpy
 
+from ersim.compiled import is_compiled
 from ersim.config import (
     EngineSettings,
     ExpertConfig,
@@ -193,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=2)
     options = parser.parse_args(arguments)
     bare = max(simpy_events_per_s() for _ in range(3))
-    print(f"bare SimPy: {bare:,.0f} events/s\n")
+    state = "compiled" if is_compiled() else "interpreted (make fast compiles it)"
+    print(f"hot path: {state}\nbare SimPy: {bare:,.0f} events/s\n")
     flat = {running: round(min(step_us(running) for _ in range(3)), 2) for running in BATCHES}
     print("running sequences   " + "".join(f"{running:>9,}" for running in flat))
     print("engine us per step  " + "".join(f"{value:9.2f}" for value in flat.values()) + "\n")
@@ -226,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     scale = 1024 if sys.platform != "darwin" else 1
     report = {
+        "compiled": is_compiled(),
         "simpy_events_per_s": round(bare),
         "step_us": flat,
         "engine_request_us": {name: round(value, 2) for name, value in alone.items()},

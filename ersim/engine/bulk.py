@@ -22,7 +22,6 @@ token of the join itself is emitted by the step that completes the prefill.
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from operator import attrgetter
 
 from ersim.engine.config import EngineConfig
@@ -43,7 +42,7 @@ class DecodeBulk:
         self._size = config.block_size
         self._running: dict[EngineRequest, None] = {}
         self._walked: list[EngineRequest] = []
-        self._flight: deque[Step] = deque()
+        self._flight: list[Step] = []  # two at most
         self._scheduled_steps = 0
         self._updated_steps = 0
         self._decodes = 0

@@ -38,7 +38,7 @@ class Engine(Scheduler):
     @property
     def waiting(self) -> int:
         """Requests in the queue, preempted ones included."""
-        return len(self._queue)
+        return self._queue.size
 
     @property
     def blocks_used(self) -> int:
@@ -53,7 +53,7 @@ class Engine(Scheduler):
     @property
     def has_work(self) -> bool:
         """Whether any request is in the engine or any step in flight."""
-        return bool(self._running or self._flight or self._queue)
+        return bool(self._running or self._flight or self._queue.size)
 
     # ---- the pipeline ---------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class Engine(Scheduler):
         None when there is nothing to do. Raises LivelockError when there is, but can never run.
         """
         flight, queue = self._flight, self._queue
-        while len(flight) < self._depth and (self._running or queue):
+        while len(flight) < self._depth and (self._running or queue.size):
             step = self.schedule()
             if step.index >= 0:
                 if self._carried:
@@ -75,7 +75,7 @@ class Engine(Scheduler):
                 break
         if flight:
             return flight[0]
-        if self._running or queue:
+        if self._running or queue.size:
             raise self._livelock()
         return None
 
@@ -92,7 +92,7 @@ class Engine(Scheduler):
         return request.prompt_tokens + request.generated > self.pool.total * self._size
 
     def _livelock(self) -> LivelockError:
-        request = self._queue.head() if self._queue else next(iter(self._running))
+        request = self._queue.head() if self._queue.size else next(iter(self._running))
         known = request.prompt_tokens + request.generated
         return LivelockError(
             request,
@@ -117,7 +117,7 @@ class Engine(Scheduler):
             if step.tokens_out != decodes or step.decode_seqs != decodes or step.rows or step.first:
                 return 0
         if (
-            self._queue
+            self._queue.size
             and len(self._running) < self._max_seqs
             and (self._queue.head() is not self._blocked or self._may_unblock())
         ):

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from ersim.engine.bulk import DecodeBulk, by_admission
 from ersim.engine.config import EngineConfig
 from ersim.engine.errors import RejectedRequest
-from ersim.engine.queue import FcfsQueue, PriorityQueue
+from ersim.engine.queue import FcfsQueue, PriorityQueue, WaitingQueue
 from ersim.engine.request import (
     DECODING,
     FINISHED,
@@ -52,9 +52,10 @@ class Scheduler(DecodeBulk):
         self._chunked = config.enable_chunked_prefill
         self._reserve_full = config.scheduler_reserve_full_isl
         self._watermark_blocks = int(config.watermark * config.num_blocks)
-        self._queue: FcfsQueue | PriorityQueue = (
-            PriorityQueue() if config.policy == "priority" else FcfsQueue()
-        )
+        self._max_model_len = config.max_model_len
+        self._long_prefill = config.long_prefill_token_threshold
+        self._by_priority = config.policy == "priority"
+        self._queue: WaitingQueue = PriorityQueue() if self._by_priority else FcfsQueue()
         self._arrivals = 0
         self._admissions = 0
         self._blocked: EngineRequest | None = None
@@ -72,7 +73,7 @@ class Scheduler(DecodeBulk):
         leaves no room in max_model_len, or less than one token to generate.
         """
         prompt, output, limit = request.prompt_tokens, request.output_tokens, request.max_tokens
-        room = self.config.max_model_len - prompt
+        room = self._max_model_len - prompt
         if prompt < 1 or room < 1 or limit < 1 or output < 1:
             raise self._rejection(request)
         if request.state != NEW:
@@ -89,7 +90,7 @@ class Scheduler(DecodeBulk):
         request.state = WAITING
         if self._caching and (request.segments is not None or request.block_keys is not None):
             self._resolve(request)
-        if len(self._queue) <= 1:
+        if self._queue.size <= 1:
             self._blocked = None  # the threshold does not bind a request that is alone
         self._queue.append(request)
 
@@ -172,7 +173,7 @@ class Scheduler(DecodeBulk):
         self._given, self._admitted = given, None
         if given:
             self._account(step, given)
-        if self._queue and len(self._running) < self._max_seqs and not preempted:
+        if self._queue.size and len(self._running) < self._max_seqs and not preempted:
             self._admit(step)
         if preempted:
             step.preempted = preempted
@@ -210,7 +211,7 @@ class Scheduler(DecodeBulk):
             need += -(-(computed + tokens) // size) + (-computed // size)
             given.append((request, tokens))
         if need > pool.free:
-            if self.config.policy == "priority":
+            if self._by_priority:
                 return self._walk_all(threshold)
             return self._walk_needy(k, given)
         pool.take(need)
@@ -220,8 +221,8 @@ class Scheduler(DecodeBulk):
 
     def _threshold(self) -> int:
         """long_prefill_token_threshold, which does not bind a request that is alone."""
-        threshold = self.config.long_prefill_token_threshold
-        return threshold if threshold and len(self._running) + len(self._queue) > 1 else 0
+        threshold = self._long_prefill
+        return threshold if threshold and len(self._running) + self._queue.size > 1 else 0
 
     def _wanted(self, request: EngineRequest, threshold: int) -> int:
         """Tokens that a walked row would take from an endless budget."""
@@ -232,7 +233,7 @@ class Scheduler(DecodeBulk):
         tokens = prompt + request.generated + in_flight - computed
         if 0 < threshold < tokens:
             tokens = threshold
-        room = self.config.max_model_len - computed - 1
+        room = self._max_model_len - computed - 1
         return tokens if tokens < room else room
 
     def _note_hashed(self, request: EngineRequest, tokens: int) -> None:
@@ -312,7 +313,7 @@ class Scheduler(DecodeBulk):
 
     def _victim(self) -> EngineRequest:
         """Whom vLLM preempts: the last admitted, or the least important and latest."""
-        if self.config.policy == "priority":
+        if self._by_priority:
             return max(self._running, key=lambda row: (row.priority, row.arrival))
         return next(reversed(self._running))
 
@@ -394,7 +395,7 @@ class Scheduler(DecodeBulk):
                 self._walked.append(request)
             else:
                 self._emit_first(step, request)
-            if not queue or len(running) >= self._max_seqs:
+            if not queue.size or len(running) >= self._max_seqs:
                 break
             request = queue.head()
         if admitted:
@@ -500,7 +501,7 @@ class Scheduler(DecodeBulk):
             return
         if not self._flight or self._flight[0] is not step:
             raise bad_value("step", "the oldest one in flight", k)
-        self._flight.popleft()
+        self._flight.pop(0)
         self._updated_steps = k + 1
         finished = self._count_tokens(step.rows) if step.rows else None
         if k in self._endings:

@@ -7,7 +7,7 @@ declared sizes and the fleet's visible state; never a domain label, an answer le
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -106,6 +106,14 @@ class Policy:
         """
         best: npt.NDArray[np.intp] = np.argmax(scores, axis=1)
         return best
+
+    def turns(self) -> Iterator[int] | None:
+        """The experts that successive calls of `choose` name while every replica is healthy.
+
+        Only for a policy that looks neither at the query nor at load (round robin, random); the
+        simulator then takes these one after the other. None for all others.
+        """
+        return None
 
     def route(self, query: RoutingQuery, fleet: FleetState) -> Decision:
         """Score one query and choose: what the live gateway calls for each request."""

@@ -7,7 +7,7 @@ time all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,10 @@ def routing_times_s(config: GatewayConfig, policy: Policy, prompts: Sequence[Pro
 
 def service_time(config: GatewayConfig, routing_s: Sequence[float]) -> Callable[[InFlight], float]:
     """A worker's time per request: fixed part, part by prompt length, routing."""
-    base_s, per_token_s = config.base_s, config.per_prompt_token_s
+    base_s, per_token_s, times_s = config.base_s, config.per_prompt_token_s, list(routing_s)
 
     def service_s(flight: InFlight) -> float:
-        routing = flight.routing_s = routing_s[flight.request.prompt_index]
+        routing = flight.routing_s = times_s[flight.request.prompt_index]
         return base_s + per_token_s * flight.prompt_tokens + routing
 
     return service_s
@@ -61,14 +61,20 @@ def decider(
     fleet: FleetState,
     known: Sequence[int] | None,
     scores: Floats | None = None,
+    always_healthy: bool = False,
 ) -> Callable[[InFlight], int]:
     """The function that names a request's expert; `known` are the decisions made beforehand.
 
     scores: the policy's scores per prompt if they are at hand; else the policy is asked, once.
+    always_healthy: no replica will ever be down, so that `turns` of a policy may be taken.
     """
     count = len(fleet.experts)
     if known is not None:
-        return lambda flight: known[flight.request.prompt_index]
+        decisions = list(known)
+        return lambda flight: decisions[flight.request.prompt_index]
+    turns = _turns(policy) if always_healthy else None
+    if turns is not None:
+        return lambda flight: next(turns)
     rows = np.asarray(policy.score(queries(prompts))) if scores is None else scores
 
     def decide(flight: InFlight) -> int:
@@ -80,10 +86,22 @@ def decider(
     return decide
 
 
+def _turns(policy: Policy) -> Iterator[int] | None:
+    """The policy's `turns`, unless they come from a class whose `choose` a subclass has overridden."""
+    for kind in type(policy).__mro__:
+        if "choose" in vars(kind):
+            return policy.turns() if "turns" in vars(kind) else None
+    return None
+
+
 def picker(balancers: Sequence[Balancer], replicas: Sequence[Sequence[ReplicaState]]) -> Callable[[int], int]:
     """The function that names an expert's replica; each expert has a balancer of its own."""
+    only = [row[0] if len(row) == 1 else None for row in replicas]
 
     def pick(expert: int) -> int:
+        single = only[expert]
+        if single is not None and single.healthy:
+            return 0  # what any balancer would pick
         return balancers[expert].pick(replicas[expert])
 
     return pick

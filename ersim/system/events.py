@@ -1,29 +1,48 @@
-"""The one SimPy event the hot path uses: call a function later."""
+"""The clock: a SimPy environment whose queue also holds the turns of users, gateway and replicas."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from heapq import heappop
 
 from simpy import Environment
-from simpy.events import NORMAL, Event
+from simpy.events import Event
+
+from ersim.system.turns import Agenda, Turn
 
 
-class Call(Event):
-    """An event that calls `function(event)` after `delay_s`; `argument` is the event's value.
+class Clock(Environment):
+    """A SimPy environment in every respect: processes, timeouts and resources of your own run on it too.
 
-    A `simpy.Timeout` with one callback, built in one step: the gateway and the replicas make one
-    per request and per engine step.
+    `agenda` enters turns in the same queue; both have the same time.
     """
 
-    __slots__ = ()
+    def __init__(self) -> None:
+        self.agenda = Agenda()
+        super().__init__()
+        self._queue = self.agenda.queue  # type: ignore[assignment]
+        self._eid = self.agenda.numbers
 
-    def __init__(
-        self, env: Environment, delay_s: float, function: Callable[[Event], None], argument: Any = None
-    ) -> None:
-        self.env = env
-        self.callbacks = [function]
-        self._value = argument
-        self._ok = True
-        self._defused = False
-        env.schedule(self, NORMAL, delay_s)
+    @property
+    def _now(self) -> float:
+        return self.agenda.now_s
+
+    @_now.setter
+    def _now(self, now_s: float) -> None:
+        self.agenda.now_s = float(now_s)
+
+    def step(self) -> None:
+        """Take the next turn or process the next event; raises EmptySchedule when there is neither."""
+        queue = self.agenda.queue
+        if queue and isinstance(queue[0][3], Turn):
+            now_s, _, number, turn = heappop(queue)
+            self.agenda.now_s = now_s
+            turn.happen(now_s, number)  # type: ignore[attr-defined]
+        else:
+            super().step()
+
+    def call_later(self, delay_s: float, function: Callable[[Event], None]) -> None:
+        """Call `function(event)` after `delay_s`."""
+        event = self.timeout(delay_s)
+        assert event.callbacks is not None
+        event.callbacks.append(function)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ersim.engine import EngineRequest
+from ersim.engine.request import EngineRequest
 from ersim.types import Request
 
 

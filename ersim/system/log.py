@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
+from struct import Struct
 
 import numpy as np
 import pandas as pd
@@ -34,12 +34,21 @@ _FIELDS = (
     "status",
 )
 
+_ROW = Struct(f"{len(_FIELDS)}d")
+_STEP = Struct("ddqqq")
+_STEP_TYPE = np.dtype(
+    [("end_s", "f8"), ("duration_s", "f8"), ("gaps", "i8"), ("tokens", "i8"), ("blocks", "i8")]
+)
+
 
 class RequestLog:
     """One row per request that ended, in the order of ending."""
 
+    __slots__ = ("_errors", "_pack", "_rows", "by_status", "ended")
+
     def __init__(self) -> None:
-        self._rows = array("d")
+        self._rows = bytearray()
+        self._pack = _ROW.pack
         self._errors: dict[int, str] = {}
         self.ended = 0
         self.by_status = [0] * len(STATUSES)
@@ -55,27 +64,25 @@ class RequestLog:
     ) -> None:
         """Record the end of a request; `status` indexes `STATUSES`, times are the client's."""
         request = flight.request
-        self._rows.extend(
-            (
-                request.request_id,
-                request.user,
-                request.session,
-                request.turn,
-                request.prompt_index,
-                flight.expert,
-                flight.replica,
-                request.prompt_tokens,
-                flight.generated_tokens,
-                flight.cached_tokens,
-                flight.preemptions,
-                flight.send_s,
-                gateway_s,
-                flight.routing_s,
-                flight.submit_s,
-                first_token_s,
-                last_token_s,
-                status,
-            )
+        self._rows += self._pack(
+            request.request_id,
+            request.user,
+            request.session,
+            request.turn,
+            request.prompt_index,
+            flight.expert,
+            flight.replica,
+            request.prompt_tokens,
+            flight.generated_tokens,
+            flight.cached_tokens,
+            flight.preemptions,
+            flight.send_s,
+            gateway_s,
+            flight.routing_s,
+            flight.submit_s,
+            first_token_s,
+            last_token_s,
+            status,
         )
         if error is not None:
             self._errors[self.ended] = error
@@ -109,53 +116,52 @@ def _names(indices: np.ndarray, names: Sequence[str]) -> np.ndarray:
 class StepLog:
     """What every engine step of one replica did; runs of equal batches are entered at once."""
 
+    __slots__ = ("_pack", "_rows")
+
     def __init__(self) -> None:
-        self._end_s = array("d")
-        self._duration_s = array("d")
-        self._gaps = array("q")
-        self._tokens = array("q")
-        self._blocks = array("q")
+        self._rows = bytearray()
+        self._pack = _STEP.pack
 
     def add(self, end_s: float, duration_s: float, gaps: int, tokens: int, blocks: int) -> None:
         """Record one step: `tokens` delivered at its end, `gaps` of them after an earlier token."""
-        self._end_s.append(end_s)
-        self._duration_s.append(duration_s)
-        self._gaps.append(gaps)
-        self._tokens.append(tokens)
-        self._blocks.append(blocks)
+        self._rows += self._pack(end_s, duration_s, gaps, tokens, blocks)
 
     def add_run(self, end_s: np.ndarray, duration_s: np.ndarray, seqs: int, blocks: np.ndarray) -> None:
         """Record consecutive decode steps of `seqs` rows; shapes (n,) each."""
-        steps = len(end_s)
-        self._end_s.frombytes(np.ascontiguousarray(end_s, dtype=np.float64).tobytes())
-        self._duration_s.frombytes(np.ascontiguousarray(duration_s, dtype=np.float64).tobytes())
-        rows = np.full(steps, seqs, dtype=np.int64).tobytes()
-        self._gaps.frombytes(rows)
-        self._tokens.frombytes(rows)
-        self._blocks.frombytes(np.ascontiguousarray(blocks, dtype=np.int64).tobytes())
+        steps = np.empty(len(end_s), _STEP_TYPE)
+        steps["end_s"] = end_s
+        steps["duration_s"] = duration_s
+        steps["gaps"] = steps["tokens"] = seqs
+        steps["blocks"] = blocks
+        self._rows += steps.tobytes()
 
     def __len__(self) -> int:
-        return len(self._end_s)
+        return len(self._rows) // _STEP.size
+
+    def column(self, name: str) -> np.ndarray:
+        """end_s, duration_s, gaps, tokens or blocks of every step, in order, shape (steps,)."""
+        found: np.ndarray = np.frombuffer(self._rows, _STEP_TYPE)[name].copy()
+        return found
 
     def gaps(self, delivery_s: float) -> Gaps:
         """The steps as the client sees them: `delivery_s` after they ended."""
+        steps = np.frombuffer(self._rows, _STEP_TYPE)
         return Gaps(
-            np.frombuffer(self._end_s, dtype=np.float64) + delivery_s,
-            np.frombuffer(self._duration_s, dtype=np.float64).copy(),
-            np.frombuffer(self._gaps, dtype=np.int64).copy(),
-            np.frombuffer(self._tokens, dtype=np.int64).copy(),
+            steps["end_s"] + delivery_s,
+            steps["duration_s"].copy(),
+            steps["gaps"].copy(),
+            steps["tokens"].copy(),
         )
 
     def occupancy(self, start_s: float, end_s: float) -> dict[str, float]:
         """Busy share, mean running tokens per step and KV blocks over [start_s, end_s], time-weighted."""
-        ends = np.frombuffer(self._end_s, dtype=np.float64)
-        length = np.frombuffer(self._duration_s, dtype=np.float64)
+        steps = np.frombuffer(self._rows, _STEP_TYPE)
+        ends, length = steps["end_s"], steps["duration_s"]
         inside = (ends > start_s) & (ends <= end_s)
         span, busy = end_s - start_s, float(length[inside].sum())
         if span <= 0 or busy == 0.0:
             return {"busy_share": 0.0, "tokens_per_step": 0.0, "mean_kv_blocks": 0.0, "peak_kv_blocks": 0.0}
-        blocks = np.frombuffer(self._blocks, dtype=np.int64)[inside]
-        tokens = np.frombuffer(self._tokens, dtype=np.int64)[inside]
+        blocks, tokens = steps["blocks"][inside], steps["tokens"][inside]
         return {
             "busy_share": min(busy / span, 1.0),
             "tokens_per_step": float(tokens.mean()),

@@ -1,8 +1,8 @@
 """One replica of one expert: the engine's decisions, placed on the clock.
 
 The replica turns like vLLM's engine core: when a step ends its outputs are applied, what has
-arrived meanwhile joins the queue, the next step is decided and its duration is one SimPy event.
-Stretches of pure decode in which nothing joins, ends or runs out of blocks are one event as a
+arrived meanwhile joins the queue, the next step is decided and its end is the replica's next turn.
+Stretches of pure decode in which nothing joins, ends or runs out of blocks are one turn as a
 whole; an arrival in the middle cuts the stretch at the end of the step that is then running.
 The replica keeps its own clock (exact sums of step times), so that both ways of taking a stretch
 give the same bytes.
@@ -16,14 +16,17 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from simpy import Environment
-from simpy.events import Event
 
-from ersim.engine import Engine, EngineConfig, LivelockError, RejectedRequest, Step
+from ersim.engine.config import EngineConfig
+from ersim.engine.engine import Engine
+from ersim.engine.errors import LivelockError, RejectedRequest
+from ersim.engine.step import Step
 from ersim.steptime import Frontend
-from ersim.system.events import Call
+from ersim.steptime.evaluate import PreparedStepTime
+from ersim.system.events import Clock
 from ersim.system.inflight import InFlight
 from ersim.system.log import StepLog
+from ersim.system.turns import Agenda, Turn
 from ersim.types import StepTime
 
 MIN_RUN_STEPS = 12  # below this a vectorised stretch costs more than its steps one by one
@@ -31,17 +34,53 @@ MAX_RUN_STEPS = 4096
 Ended = Callable[[InFlight, float], None]
 
 
-class Replica:
-    """SimPy side of one engine. `finished(flight, time_s)` and `failed(flight, time_s, why)` are its outputs.
+_NOTHING, _WAKE, _STEP, _RUN = range(4)
+"""What a replica's entry in the agenda is: none, an arrival while idle, the end of a step or of a stretch."""
 
+
+class Replica(Turn):
+    """The clock's side of one engine.
+
+    `finished(flight, time_s)`, `failed(flight, time_s, why)` and `rejected` (alike) are its outputs.
     `step_noise` yields factors of mean 1, one per step; None for no noise. `frontend` is the time
     that the server takes before the engine sees a request. `fast_forward` False takes every step as
-    an event of its own (needed where a balancer looks at KV blocks at any moment).
+    a turn of its own (needed where a balancer looks at KV blocks at any moment).
     """
+
+    __slots__ = (
+        "_agenda",
+        "_clock_s",
+        "_config",
+        "_decode_run_s",
+        "_due",
+        "_engine",
+        "_failed",
+        "_fast_forward",
+        "_finished",
+        "_inbox",
+        "_min_run_steps",
+        "_noise",
+        "_noise_at",
+        "_noise_chunks",
+        "_number",
+        "_per_prompt_token_s",
+        "_prepared",
+        "_rejected",
+        "_request_s",
+        "_run_ends",
+        "_run_lengths",
+        "_run_seqs",
+        "_run_steps",
+        "_step_end_s",
+        "_step_length_s",
+        "_step_s",
+        "healthy",
+        "log",
+    )
 
     def __init__(
         self,
-        env: Environment,
+        env: Clock,
         config: EngineConfig,
         step_time: StepTime,
         step_noise: Iterator[npt.NDArray[np.float64]] | None,
@@ -51,9 +90,10 @@ class Replica:
         fast_forward: bool = True,
         frontend: Frontend | None = None,
     ) -> None:
-        self._env = env
+        self._agenda: Agenda = env.agenda
         self._config = config
         self._engine = Engine(config)
+        self._prepared = step_time if type(step_time) is PreparedStepTime else None
         self._step_s = step_time.step_s
         self._decode_run_s = step_time.decode_run_s
         self._noise_chunks = step_noise
@@ -63,15 +103,15 @@ class Replica:
         self._failed = failed
         self._rejected = rejected
         self._fast_forward = fast_forward
+        self._min_run_steps = MIN_RUN_STEPS
         self._request_s = frontend.request_s if frontend else 0.0
         self._per_prompt_token_s = frontend.per_prompt_token_s if frontend else 0.0
         self._inbox: deque[InFlight] = deque()
-        self._live: dict[int, InFlight] = {}
         self._clock_s = 0.0
         self._step_end_s = 0.0
         self._step_length_s = 0.0
-        self._busy = False
-        self._serial = 0
+        self._number = -1
+        self._due = _NOTHING
         self._run_ends: npt.NDArray[np.float64] | None = None
         self._run_lengths: npt.NDArray[np.float64] | None = None
         self._run_steps = 0
@@ -107,10 +147,12 @@ class Replica:
             self._insert(flight)
         else:
             inbox.append(flight)
-        if not self._busy:
-            self._wake_at(inbox[0].ready_s)
-        elif self._run_ends is not None:
+        if self._due == _STEP:
+            return
+        if self._due == _RUN:
             self._cut_run(inbox[0].ready_s)
+        else:
+            self._wake_at(inbox[0].ready_s)
 
     def _insert(self, flight: InFlight) -> None:
         """Keep the inbox ordered: a long prompt takes the front end longer than a short one behind it."""
@@ -122,13 +164,15 @@ class Replica:
 
     def fail(self, why: str) -> None:
         """The replica dies now: everything on it fails, and nothing is accepted until `restart`."""
-        now = self._env._now
+        now = self._agenda.now_s
         self.settle(now)
         self.healthy = False
-        self._serial += 1
-        self._busy = False
-        lost = [*self._live.values(), *self._inbox]
-        self._live, self._inbox = {}, deque()
+        self._due = _NOTHING
+        self._number = -1
+        inside = [*self._engine.running_requests(), *self._engine.waiting_requests()]
+        inside.sort(key=lambda request: request.arrival)
+        lost = [*cast("list[InFlight]", inside), *self._inbox]
+        self._inbox = deque()
         self._engine = Engine(self._config)
         for flight in lost:
             self._failed(flight, now, why)
@@ -139,27 +183,38 @@ class Replica:
 
     # The turn -----------------------------------------------------------------------------
 
-    def _wake_at(self, at_s: float) -> None:
-        self._serial += 1
-        Call(self._env, max(at_s - self._env._now, 0.0), self._wake, (self._serial, at_s))
-
-    def _wake(self, event: Event) -> None:
-        serial, at_s = event._value
-        if serial != self._serial or self._busy:
-            return
-        self._clock_s = at_s
+    def happen(self, now_s: float, number: int) -> None:
+        """A step or a stretch is over, or a request arrives while nothing runs."""
+        if number != self._number:
+            return  # superseded
+        due = self._due
+        if due == _STEP:
+            self._end_step()
+        elif due == _RUN:
+            self._take_run(self._run_steps)
+        else:
+            self._clock_s = self._step_end_s
         self._begin()
 
+    def _enter(self, due: int, at_s: float) -> None:
+        """Have the next turn at `at_s`; whatever was entered before is superseded."""
+        agenda = self._agenda
+        delay_s = at_s - agenda.now_s
+        self._due = due
+        self._number = agenda.enter(self, delay_s if delay_s > 0.0 else 0.0)
+
+    def _wake_at(self, at_s: float) -> None:
+        self._step_end_s = at_s
+        self._enter(_WAKE, at_s)
+
     def _take_arrivals(self) -> None:
-        inbox, now = self._inbox, self._clock_s
+        inbox, now, engine = self._inbox, self._clock_s, self._engine
         while inbox and inbox[0].ready_s <= now:
             flight = inbox.popleft()
             try:
-                self._engine.add(flight)
+                engine.add(flight)
             except RejectedRequest as error:
                 self._rejected(flight, now, str(error))
-            else:
-                self._live[flight.request_id] = flight
 
     def _begin(self) -> None:
         """Decide what runs from now and put its end on the clock."""
@@ -167,55 +222,55 @@ class Replica:
         if inbox:
             self._take_arrivals()
         engine = self._engine
-        if self._fast_forward and (steps := engine.steady_steps()) >= MIN_RUN_STEPS:
+        if self._fast_forward and (steps := engine.steady_steps()) >= self._min_run_steps:
             self._begin_run(steps)
             return
-        step = self._start()
+        try:
+            step = engine.start()
+        except LivelockError as error:
+            step = self._start_without(error)
         if step is None:
-            self._busy = False
+            self._due = _NOTHING
             if inbox:
                 self._wake_at(inbox[0].ready_s)
             return
-        length_s = self._step_s(step.batch)
+        prepared = self._prepared
+        length_s = self._step_s(step) if prepared is None else prepared.step_s(step)
         if self._noise_chunks is not None:
             if self._noise_at >= len(self._noise):
                 self._more_noise()
             length_s *= self._noise[self._noise_at]
             self._noise_at += 1
-        self._busy = True
         self._step_length_s = length_s
-        self._step_end_s = self._clock_s + length_s
-        self._serial += 1
-        Call(self._env, max(self._step_end_s - self._env._now, 0.0), self._end, self._serial)
+        self._step_end_s = end_s = self._clock_s + length_s
+        self._enter(_STEP, end_s)
 
-    def _start(self) -> Step | None:
+    def _start_without(self, error: LivelockError) -> Step | None:
         """The engine's next step; a request that could never run is failed instead of blocking the queue."""
         while True:
+            flight = cast("InFlight", error.request)
+            self._engine.abort(flight)
+            self._failed(flight, self._clock_s, str(error))
             try:
                 return self._engine.start()
-            except LivelockError as error:
-                flight = cast("InFlight", error.request)
-                self._engine.abort(flight)
-                del self._live[flight.request_id]
-                self._failed(flight, self._clock_s, str(error))
+            except LivelockError as another:
+                error = another
 
-    def _end(self, event: Event) -> None:
-        """The running step is over: record it, hand out what ended, go on."""
-        if event._value != self._serial:
-            return
+    def _end_step(self) -> None:
+        """The running step is over: record it and hand out what ended."""
         now = self._clock_s = self._step_end_s
         engine = self._engine
         step = engine.complete()
+        gaps = tokens = step.tokens_out
         # the engine hands back the objects it was given
-        for flight in cast("Sequence[InFlight]", step.first):
-            flight.first_s = now
-        self.log.add(
-            now, self._step_length_s, step.tokens_out - len(step.first), step.tokens_out, engine.blocks_used
-        )
-        for flight in cast("Sequence[InFlight]", step.finished):
-            del self._live[flight.request_id]
-            self._finished(flight, now)
-        self._begin()
+        if step.first:
+            for flight in cast("Sequence[InFlight]", step.first):
+                flight.first_s = now
+            gaps -= len(step.first)
+        self.log.add(now, self._step_length_s, gaps, tokens, engine.blocks_used)
+        if step.finished:
+            for flight in cast("Sequence[InFlight]", step.finished):
+                self._finished(flight, now)
 
     def _more_noise(self) -> None:
         assert self._noise_chunks is not None
@@ -240,7 +295,6 @@ class Replica:
         self._run_lengths = lengths
         self._run_steps = steps
         self._run_seqs = seqs
-        self._busy = True
         if self._inbox:  # on its way through the front end
             self._run_steps = self._steps_until(self._inbox[0].ready_s)
         self._schedule_run_end()
@@ -253,8 +307,7 @@ class Replica:
     def _schedule_run_end(self) -> None:
         assert self._run_ends is not None
         end_s = float(self._run_ends[self._run_steps - 1])
-        self._serial += 1
-        Call(self._env, max(end_s - self._env._now, 0.0), self._end_run, self._serial)
+        self._enter(_RUN, end_s)
 
     def _cut_run(self, at_s: float) -> None:
         """End the stretch with the step that runs when a request arrives at `at_s`."""
@@ -262,12 +315,6 @@ class Replica:
         if steps < self._run_steps:
             self._run_steps = steps
             self._schedule_run_end()
-
-    def _end_run(self, event: Event) -> None:
-        if event._value != self._serial:
-            return
-        self._take_run(self._run_steps)
-        self._begin()
 
     def settle(self, now_s: float) -> None:
         """Enter the steps of a stretch that are over by `now_s` and forget the rest."""

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from simpy import Environment
 from simpy.events import Event
 
 from ersim.config import FaultConfig, SimulationConfig
 from ersim.engine import EngineConfig
 from ersim.errors import SimulationError
-from ersim.results.records import COMPLETED, FAILED, REJECTED, STATUSES, Gaps
+from ersim.results.records import Gaps
 from ersim.routing import Policy, build_balancer
 from ersim.steptime import ExpertModel, Frontend
 from ersim.system.dispatch import decider, picker, routing_times_s, service_time
-from ersim.system.events import Call
+from ersim.system.ends import Ends
+from ersim.system.events import Clock
 from ersim.system.gateway import Gateway
-from ersim.system.inflight import InFlight
-from ersim.system.log import RequestLog, StepLog
+from ersim.system.log import StepLog
 from ersim.system.replica import Replica
 from ersim.system.sources import ClosedUsers, OpenArrivals
 from ersim.types import ExpertState, FleetState, Prompt, StepTime
 from ersim.workload import Workload
 
-_COMPLETED, _FAILED, _REJECTED = (STATUSES.index(status) for status in (COMPLETED, FAILED, REJECTED))
 NOISE_CHUNK = 4096
 
 
@@ -122,17 +121,15 @@ class System:
         frontends: Sequence[Frontend] | None = None,
         scores: npt.NDArray[np.float64] | None = None,
     ) -> None:
-        self.env = Environment()
+        self.env = Clock()
         self._config = config
         self._fast_forward = fast_forward
         self._frontends = frontends
         self._step_times = step_times
         self._names = list(config.fleet.experts)
         self._prompts = prompts
-        self._log = RequestLog()
-        self._stop: Event = self.env.event()
-        self._target = request_target(config)
         self._return_s = config.gateway.network_s + config.gateway.backend_network_s
+        self._ends = Ends(self.env.agenda, config.gateway.network_s, self._return_s, request_target(config))
         self.replicas = self._build_replicas(experts, step_times, seed)
         fleet = self._fleet_state(experts)
         balancers = [build_balancer(config.router.balancer, seed + index) for index in range(len(experts))]
@@ -143,12 +140,12 @@ class System:
             queue_limit=config.gateway.queue_limit,
             backend_network_s=config.gateway.backend_network_s,
             service_s=service_time(config.gateway, routing_s),
-            decide=decider(policy, prompts, fleet, known, scores),
+            decide=decider(policy, prompts, fleet, known, scores, always_healthy=not config.faults),
             pick=picker(balancers, self.replicas),
             replicas=self.replicas,
-            reject=self._turned_away,
+            reject=self._ends.turn_away,
         )
-        self.source = self._build_source(workload)
+        self.source = self._ends.source = self._build_source(workload)
         for fault in config.faults:
             self._plan_fault(fault)
 
@@ -168,9 +165,9 @@ class System:
                         engine_config(expert),
                         step_time,
                         noise_chunks(std, np.random.default_rng([seed, 3, index, number])),
-                        self._finished,
-                        self._failed,
-                        self._rejected,
+                        self._ends.finished,
+                        self._ends.fail,
+                        self._ends.refuse,
                         fast_forward=fast,
                         frontend=frontend,
                     )
@@ -209,47 +206,20 @@ class System:
     def _plan_fault(self, fault: FaultConfig) -> None:
         replica = self.replicas[self._names.index(fault.expert)][fault.replica]
         why = f"expert {fault.expert} replica {fault.replica} died"
-        Call(self.env, fault.at_s, lambda event: replica.fail(why))
+        self.env.call_later(fault.at_s, lambda event: replica.fail(why))
         if fault.back_s is not None:
-            Call(self.env, fault.back_s, lambda event: replica.restart())
-
-    # Ends of requests ----------------------------------------------------------------------
-
-    def _finished(self, flight: InFlight, time_s: float) -> None:
-        client_s = time_s + self._return_s
-        gateway_s = flight.submit_s - flight.send_s + self._return_s
-        self._log.add(flight, _COMPLETED, gateway_s, flight.first_s + self._return_s, client_s)
-        self._ended(flight, client_s)
-
-    def _failed(self, flight: InFlight, time_s: float, why: str) -> None:
-        self._end_badly(flight, _FAILED, time_s + self._return_s, why)
-
-    def _rejected(self, flight: InFlight, time_s: float, why: str) -> None:
-        self._end_badly(flight, _REJECTED, time_s + self._return_s, why)
-
-    def _turned_away(self, flight: InFlight, why: str) -> None:
-        self._end_badly(flight, _REJECTED, self.env.now + self._config.gateway.network_s, why)
-
-    def _end_badly(self, flight: InFlight, status: int, client_s: float, why: str) -> None:
-        self._log.add(flight, status, client_s - flight.send_s, float("nan"), client_s, why)
-        self._ended(flight, client_s)
-
-    def _ended(self, flight: InFlight, client_s: float) -> None:
-        if self._target is not None and self._log.ended >= self._target and not self._stop.triggered:
-            self._stop.succeed()
-        self.source.ended(flight, client_s)
+            self.env.call_later(fault.back_s, lambda event: replica.restart())
 
     # The run -------------------------------------------------------------------------------
 
     def counts(self) -> Counts:
         """Where every injected request is now."""
-        by = self._log.by_status
         on_replicas = sum(replica.running + replica.waiting for row in self.replicas for replica in row)
         return Counts(
             self.source.injected,
-            by[_COMPLETED],
-            by[_FAILED],
-            by[_REJECTED],
+            self._ends.completed,
+            self._ends.failed,
+            self._ends.rejected,
             self.gateway.queued + self.gateway.in_service,
             on_replicas,
         )
@@ -258,14 +228,14 @@ class System:
         """Run to the target number of requests, the time limit, or the end of the arrivals."""
         limit_s = self._config.workload.max_duration_s
         if limit_s is not None:
-            Call(self.env, limit_s, self._time_is_up)
+            self.env.call_later(limit_s, self._time_is_up)
         self._run_until_stopped()
         for row in self.replicas:
             for replica in row:
                 replica.settle(self.env.now)
         logs = [[replica.log for replica in row] for row in self.replicas]
         domains = [prompt.domain for prompt in self._prompts]
-        frame = self._log.frame(self._names, domains)
+        frame = self._ends.log.frame(self._names, domains)
         parts = [log.gaps(self._return_s) for row in logs for log in row]
         end_s = float(np.nanmax(frame["last_token_s"])) if len(frame) else float(self.env.now)
         steps = sum(len(log) for row in logs for log in row)
@@ -281,15 +251,19 @@ class System:
         )
 
     def _time_is_up(self, event: Event) -> None:
-        if not self._stop.triggered:
-            self._stop.succeed()
+        self.env.agenda.stopped = True
 
     def _run_until_stopped(self) -> None:
-        """Process events until the stop event or, for arrivals that end, until nothing is left."""
-        stop, step, queue = self._stop, self.env.step, self.env._queue
-        while queue and not stop.triggered:
-            step()
-        if not stop.triggered and self.source.injected == 0:
+        """Until the run is stopped or, for arrivals that end, until nothing is left."""
+        agenda = self.env.agenda
+        collecting = gc.isenabled()
+        gc.disable()  # a run makes no cycles, and the collector would look at every request again and again
+        try:
+            agenda.drain(self.env.step)
+        finally:
+            if collecting:
+                gc.enable()
+        if not agenda.stopped and self.source.injected == 0:
             raise SimulationError("the workload holds no requests")
 
 

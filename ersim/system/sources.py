@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from simpy import Environment
-from simpy.events import Event
-
-from ersim.system.events import Call
+from ersim.system.events import Clock
 from ersim.system.inflight import InFlight
+from ersim.system.turns import Agenda, Turn
 from ersim.types import Request
 
 Arrive = Callable[[InFlight], None]
 
 
-class ClosedUsers:
+class Source(Turn):
+    """What the end of a request means to those who send. injected: requests sent so far."""
+
+    __slots__ = ("injected",)
+
+    def __init__(self) -> None:
+        self.injected = 0
+
+    def ended(self, flight: InFlight, client_s: float) -> None:
+        """The sender has the whole answer (or the error) at `client_s`."""
+        raise NotImplementedError
+
+
+class ClosedUsers(Source):
     """N users, each with one request in flight at most, thinking between answer and next prompt."""
+
+    __slots__ = ("_agenda", "_arrive", "_network_s", "_next_request", "_think_s", "_users")
 
     def __init__(
         self,
-        env: Environment,
+        env: Clock,
         users: int,
         next_request: Callable[[int], Request],
         think_s: Callable[[int], float],
@@ -27,53 +40,71 @@ class ClosedUsers:
         network_s: float,
         arrive: Arrive,
     ) -> None:
-        self._env = env
+        super().__init__()
+        self._agenda: Agenda = env.agenda
         self._next_request = next_request
         self._think_s = think_s
         self._network_s = network_s
         self._arrive = arrive
-        self.injected = 0
-        for user in range(users):
-            Call(env, start_s(user) + network_s, self._send, user)
+        self._users: list[User] = []
+        for number in range(users):
+            user = User(self, number)
+            self._users.append(user)
+            self._agenda.enter(user, start_s(number) + network_s)
 
-    def _send(self, event: Event) -> None:
-        """The event is the arrival at the gateway; the client sent one network delay before."""
+    def send(self, user: int, now_s: float) -> None:
+        """A request arrives at the gateway; the client sent it one network delay before."""
         self.injected += 1
-        self._arrive(InFlight(self._next_request(event._value), self._env._now - self._network_s))
+        self._arrive(InFlight(self._next_request(user), now_s - self._network_s))
 
     def ended(self, flight: InFlight, client_s: float) -> None:
         """The user has the whole answer (or the error) at `client_s`, thinks and asks again."""
         user = flight.request.user
-        delay_s = client_s + self._think_s(user) + self._network_s - self._env._now
-        Call(self._env, delay_s if delay_s > 0.0 else 0.0, self._send, user)
+        agenda = self._agenda
+        delay_s = client_s + self._think_s(user) + self._network_s - agenda.now_s
+        agenda.enter(self._users[user], delay_s if delay_s > 0.0 else 0.0)
 
 
-class OpenArrivals:
-    """A stream of requests with given arrival times, one pending event at a time."""
+class User(Turn):
+    """One user, whose turn is the arrival of the next request at the gateway."""
 
-    def __init__(
-        self, env: Environment, requests: Iterator[Request], network_s: float, arrive: Arrive
-    ) -> None:
-        self._env = env
+    __slots__ = ("_number", "_source")
+
+    def __init__(self, source: ClosedUsers, number: int) -> None:
+        self._source = source
+        self._number = number
+
+    def happen(self, now_s: float, number: int) -> None:
+        """Ask."""
+        self._source.send(self._number, now_s)
+
+
+class OpenArrivals(Source):
+    """A stream of requests with given arrival times, one entry in the agenda at a time."""
+
+    __slots__ = ("_agenda", "_arrive", "_network_s", "_next", "_requests")
+
+    def __init__(self, env: Clock, requests: Iterator[Request], network_s: float, arrive: Arrive) -> None:
+        super().__init__()
+        self._agenda: Agenda = env.agenda
         self._requests = requests
         self._network_s = network_s
         self._arrive = arrive
-        self.injected = 0
-        self.exhausted = False
-        self._schedule_next()
+        self._next: Request | None = None
+        self._enter_next()
 
-    def _schedule_next(self) -> None:
-        request = next(self._requests, None)
-        if request is None:
-            self.exhausted = True
-            return
-        arrival_s = request.arrival_s or 0.0
-        Call(self._env, max(arrival_s + self._network_s - self._env._now, 0.0), self._send, request)
+    def _enter_next(self) -> None:
+        self._next = request = next(self._requests, None)
+        if request is not None:
+            delay_s = (request.arrival_s or 0.0) + self._network_s - self._agenda.now_s
+            self._agenda.enter(self, delay_s if delay_s > 0.0 else 0.0)
 
-    def _send(self, event: Event) -> None:
-        request: Request = event._value
+    def happen(self, now_s: float, number: int) -> None:
+        """The next request arrives at the gateway."""
+        request = self._next
+        assert request is not None
         self.injected += 1
-        self._schedule_next()
+        self._enter_next()
         self._arrive(InFlight(request, request.arrival_s or 0.0))
 
     def ended(self, flight: InFlight, client_s: float) -> None:

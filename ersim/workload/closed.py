@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ersim.config import WorkloadConfig
 from ersim.types import Request
 from ersim.workload.base import Workload
-from ersim.workload.draws import Sampler
+from ersim.workload.draws import Draws, Sampler
 from ersim.workload.prompts import PromptSet
 from ersim.workload.sessions import RequestMaker, Session
 
@@ -18,26 +17,35 @@ BLOCK_REQUESTS = 4096
 """Requests drawn at once when there are fewer users than that: enough to make numpy's overhead vanish."""
 
 
-@dataclass(slots=True)
 class _Block:
-    """Draws of some rounds of all users, as memoryviews (a numpy scalar costs three times as much).
+    """Draws of some rounds of all users, as plain lists; choice_u and what follows only for sessions.
 
     first: id of its first request. entered: how many users have come to it.
     """
 
-    prompt_index: memoryview
-    prompt_tokens: memoryview
-    output_tokens: memoryview
-    choice_u: memoryview
-    drawn_output_tokens: memoryview
-    continues: memoryview
-    think_s: memoryview
-    first: int
-    entered: int
+    __slots__ = (
+        "choice_u",
+        "continues",
+        "drawn_output_tokens",
+        "entered",
+        "first",
+        "output_tokens",
+        "prompt_index",
+        "prompt_tokens",
+        "think_s",
+    )
 
-
-_NOTHING = memoryview(b"")
-_NO_BLOCK = _Block(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, -1, 0)
+    def __init__(self, draws: Draws | None, first: int, sessions: bool) -> None:
+        self.first = first
+        self.entered = 0
+        self.prompt_index: list[int] = draws.prompt_index.tolist() if draws else []
+        self.prompt_tokens: list[int] = draws.prompt_tokens.tolist() if draws else []
+        self.output_tokens: list[int] = draws.output_tokens.tolist() if draws else []
+        self.think_s: list[float] = draws.think_s.tolist() if draws else []
+        more = draws if sessions else None
+        self.choice_u: list[float] = more.choice_u.tolist() if more else []
+        self.drawn_output_tokens: list[int] = more.drawn_output_tokens.tolist() if more else []
+        self.continues: list[bool] = more.continues.tolist() if more else []
 
 
 class ClosedWorkload(Workload):
@@ -71,7 +79,7 @@ class ClosedWorkload(Workload):
         self._block_rounds = max(1, block_requests // users)
         self._size = self._block_rounds * users
         self._blocks: dict[int, _Block] = {}  # those that some user has not come to yet
-        self._block: list[_Block] = [_NO_BLOCK] * users
+        self._block: list[_Block] = [_Block(None, -1, False)] * users
         self._at = [self._size] * users  # place of each user's next request in its block
 
     def start_s(self, user: int) -> float:
@@ -104,7 +112,7 @@ class ClosedWorkload(Workload):
             output,
             block.choice_u[at],
             block.drawn_output_tokens[at],
-            bool(block.continues[at]),
+            block.continues[at],
         )
         return request
 
@@ -121,16 +129,6 @@ class ClosedWorkload(Workload):
     def _draw(self, number: int) -> _Block:
         rounds = np.arange(number * self._block_rounds, (number + 1) * self._block_rounds)
         draws = self._sampler.draw(np.arange(self.users)[None, :], rounds[:, None])
-        block = _Block(
-            draws.prompt_index.data,
-            draws.prompt_tokens.data,
-            draws.output_tokens.data,
-            draws.choice_u.data,
-            draws.drawn_output_tokens.data,
-            draws.continues.data,
-            draws.think_s.data,
-            first=number * self._size,
-            entered=0,
-        )
+        block = _Block(draws, number * self._size, self._sessions is not None)
         self._blocks[number] = block
         return block

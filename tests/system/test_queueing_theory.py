@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from simpy import Environment
 
 from ersim.engine import EngineConfig
+from ersim.system.events import Clock
 from ersim.system.gateway import Gateway
 from ersim.system.inflight import InFlight
 from ersim.system.replica import Replica
@@ -73,7 +73,7 @@ class Sink:
 
 
 def gateway_mean_wait_s(workers: int, rate: float, service_s: np.ndarray, seed: int) -> float:
-    env, sink = Environment(), Sink()
+    env, sink = Clock(), Sink()
 
     def service(flight: InFlight) -> float:
         flight.routing_s = float(service_s[flight.request_id])
@@ -87,7 +87,7 @@ def gateway_mean_wait_s(workers: int, rate: float, service_s: np.ndarray, seed: 
         service_s=service,
         decide=lambda flight: 0,
         pick=lambda expert: 0,
-        replicas=[[sink]],  # type: ignore[list-item]
+        replicas=[[sink]],
         reject=lambda flight, why: pytest.fail(why),
     )
     requests = poisson_requests(rate, len(service_s), np.ones(len(service_s)), seed)
@@ -119,7 +119,7 @@ def test_single_worker_with_constant_service_is_pollaczek_khinchine() -> None:
 
 
 def engine_mean_wait_s(slots: int, rate: float, lengths: np.ndarray, step_s: float, seed: int) -> float:
-    env = Environment()
+    env = Clock()
     waits: list[float] = []
 
     def finished(flight: InFlight, time_s: float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, cycle, repeat
 
 import numpy as np
 
@@ -37,6 +38,11 @@ class RoundRobin(Policy):
         chosen = _next_healthy(self._turn % len(self.experts), fleet)
         self._turn = chosen + 1
         return Decision(chosen, "round_robin")
+
+    def turns(self) -> Iterator[int]:
+        """One after the other, from whose turn it is."""
+        experts = len(self.experts)
+        return cycle([(self._turn + step) % experts for step in range(experts)])
 
 
 class Random(Policy):
@@ -77,9 +83,19 @@ class Random(Policy):
     def choose(self, scores_row: Scores, fleet: FleetState) -> Decision:
         """The next draw; draws come in blocks, for one generator call costs as much as a thousand."""
         if not self._draws:
-            block = np.searchsorted(self._edges, self._generator.random(1024), side="right")
-            self._draws = block[::-1].tolist()
+            self._draws = self._block()[::-1]
         return Decision(_next_healthy(self._draws.pop(), fleet), "random")
+
+    def turns(self) -> Iterator[int]:
+        """The draws that are left, then block by block."""
+        left = self._draws[::-1]
+        self._draws = []
+        return chain(left, chain.from_iterable(self._block() for _ in repeat(None)))
+
+    def _block(self) -> list[int]:
+        drawn = np.searchsorted(self._edges, self._generator.random(1024), side="right")
+        block: list[int] = drawn.tolist()
+        return block
 
 
 class Fixed(Policy):
