@@ -7,14 +7,12 @@ from the working directory.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ersim.errors import ConfigError, unknown_choice
+from ersim.routing.own_code import imported
 from ersim.routing.policy import ExpertProfile, Policy, allowed_params, plain
 
 # name -> "module:Class"; modules are imported on demand, so that naming a policy stays cheap.
@@ -48,29 +46,12 @@ def policy_class(name: str) -> type[Policy]:
         module, _, attribute = name.rpartition(".")
     else:
         raise unknown_choice("router.policy", name, [*BUILTIN, "package.module.Class"])
-    try:
-        look_in_working_directory()
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"router.policy {name!r} cannot be imported: {error}; a module of your own must be installed "
-            f"or lie under the working directory, {Path.cwd()}"
-        ) from error
+    found = imported(f"{module}.{attribute}", "router.policy")
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise ConfigError(f"router.policy {name!r} must be a subclass of ersim.routing.Policy, got {found!r}")
     if "name" not in vars(found):
         found.name = name
     return found
-
-
-def look_in_working_directory() -> None:
-    """Let imports find a user's own modules there, after all that is installed.
-
-    Commands do not do so by themselves, unlike ``python -m``.
-    """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
 
 
 def create_policy(name: str, experts: Sequence[ExpertProfile], params: Mapping[str, Any]) -> Policy:

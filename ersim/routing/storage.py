@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ersim.errors import ConfigError, DataError
+from ersim.routing.own_code import look_in_working_directory
 from ersim.routing.policy import Policy
-from ersim.routing.registry import look_in_working_directory
 from ersim.util.files import write_atomically
 
 MAGIC = "ersim-policy"

