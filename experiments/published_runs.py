@@ -103,7 +103,7 @@ def read_runs(folder: Path, skipped: list[str] | None = None) -> list[Case]:
     A run or row that cannot be read raises DataError naming file and field; with `skipped` its message
     is appended there instead and the others are read.
     """
-    files = [folder / "run.yaml"] if (folder / "run.yaml").is_file() else sorted(folder.glob("*/run.yaml"))
+    files = [folder / "run.yaml"] if (folder / "run.yaml").is_file() else sorted(folder.rglob("run.yaml"))
     if not files:
         raise DataError(f"{folder}: no run.yaml in it or in its folders; give a folder of published runs")
     cases: list[Case] = []
