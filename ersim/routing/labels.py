@@ -62,6 +62,15 @@ def experts_differ(quality: npt.NDArray[np.float64]) -> bool:
     return not bool(same.all())
 
 
+def equal_columns(quality: npt.NDArray[np.float64]) -> list[int]:
+    """For each column the number of the distinct column that it equals, in order of appearance.
+
+    Experts with one model share their labels; what is learnt of one holds for all of them.
+    """
+    seen: dict[bytes, int] = {}
+    return [seen.setdefault(quality[:, i].tobytes(), len(seen)) for i in range(quality.shape[1])]
+
+
 def filled_quality(quality: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Replace unknown labels by the expert's mean, 0 for an expert without any."""
     known = ~np.isnan(quality)

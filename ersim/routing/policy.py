@@ -20,6 +20,9 @@ from ersim.types import Decision, ExpertState, FleetState, Prompt, RoutingQuery
 
 Scores = npt.NDArray[np.float64]
 
+TIE = 1e-9
+"""Scores this close are equal."""
+
 HOPELESS = -1e9
 """Score of an expert that a policy never chooses of its own accord (finite, so that scores subtract)."""
 
@@ -155,6 +158,31 @@ def expert_is_healthy(expert: ExpertState) -> bool:
         if replica.healthy:
             return True
     return False
+
+
+def expert_load(expert: ExpertState) -> float:
+    """Outstanding requests (running and waiting) per slot; infinite when no replica is healthy."""
+    outstanding, healthy = 0, not expert.replicas
+    for replica in expert.replicas:
+        outstanding += replica.running + replica.waiting
+        healthy = healthy or replica.healthy
+    return outstanding / max(expert.slots, 1) if healthy else float("inf")
+
+
+def least_loaded_of_best(scores_row: Scores, fleet: FleetState) -> int | None:
+    """The least loaded of the healthy experts that share the highest score; None if all are down.
+
+    For experts that are worth the same, several with one model; the lowest index wins equal loads.
+    """
+    best, lowest, highest = None, float("inf"), -np.inf
+    for index, expert in enumerate(fleet.experts):
+        score = float(scores_row[index])
+        if score < highest - TIE:
+            continue
+        load = expert_load(expert)
+        if load < float("inf") and (score > highest + TIE or load < lowest):
+            best, lowest, highest = index, load, max(score, highest)
+    return best
 
 
 def allowed_params(policy: type[Policy]) -> tuple[str, ...]:

@@ -214,3 +214,35 @@ def test_random_follows_its_weights_and_round_robin_is_even(fleet: FleetState) -
     assert abs(np.mean(np.array(chosen) == 4) - 0.75) < 0.03
     turns = build_policy(RouterConfig(policy="round_robin"), fleet.experts, [], 5)
     assert [turns.route(RoutingQuery("x"), fleet).expert for _ in range(6)] == [0, 1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "params"),
+    [("predictive", {"predictor": "mlp", "predictor_params": {"epochs": 5}}), ("oracle", {})],
+)
+def test_experts_with_one_model_share_its_requests_by_load(
+    policy: str, params: dict, fleet: FleetState, prompts: list[Prompt], replica: type
+) -> None:
+    """Three experts answer with the strong model: nothing but load tells them apart."""
+    big = fleet.experts[4]
+    twins = FleetState([fleet.experts[0], big, replace(big, name="big-2"), replace(big, name="big-3")])
+    router = build_policy(
+        RouterConfig(policy=policy, params=params), twins.experts, prompts[:200], 0, prompts
+    )
+    assert not router.static
+    alone = build_policy(
+        RouterConfig(policy=policy, params=params), twins.experts[:2], prompts[:200], 0, prompts
+    )
+    assert alone.static
+    chosen = [router.route(query, twins).expert for query in queries(prompts[200:])]
+    assert 1 in chosen and not {2, 3} & set(chosen)  # all idle: the first
+    busy = FleetState(
+        [
+            twins.experts[0],
+            replace(twins.experts[1], replicas=[replica(running=3)]),
+            replace(twins.experts[2], replicas=[replica(running=1)]),
+            replace(twins.experts[3], replicas=[replica(healthy=False)]),
+        ]
+    )
+    moved = [router.route(query, busy).expert for query in queries(prompts[200:])]
+    assert [expert == 2 for expert in moved] == [expert == 1 for expert in chosen]

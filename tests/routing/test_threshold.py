@@ -69,7 +69,10 @@ def test_budget_becomes_a_share_by_price(pair: FleetState, make_prompts) -> None
         ({"strong": "big", "weak": "big"}, "different from"),
         ({"predictor": "tarot"}, "must be one of: blend, knn"),
         ({"predictor_params": {"k": 3}}, "predictor_params: .* takes no arguments"),
-        ({"features": "tea_leaves"}, "must be one of: embedding, length, package.module.Class, surface, tfidf"),
+        (
+            {"features": "tea_leaves"},
+            "must be one of: embedding, length, package.module.Class, surface, tfidf",
+        ),
     ],
 )
 def test_bad_parameters_are_named(

@@ -14,13 +14,13 @@ import numpy as np
 
 from ersim.errors import bad_value
 from ersim.routing.labels import filled_quality, quality_matrix
-from ersim.routing.policy import ExpertProfile, Policy, Scores
+from ersim.routing.policy import ExpertProfile, Policy, Scores, least_loaded_of_best
 from ersim.routing.tiers import mean_price
-from ersim.types import Prompt, RoutingQuery
+from ersim.types import Decision, FleetState, Prompt, RoutingQuery
 
 
 class Oracle(Policy):
-    """The best answer for each prompt, the cheapest expert among equals.
+    """The best answer for each prompt, the cheapest expert among equals, the least loaded among those.
 
     cost_weight: as for the predictive policy; the default only breaks ties by price.
     """
@@ -35,6 +35,8 @@ class Oracle(Policy):
             raise bad_value("router.params.cost_weight", ">= 0", cost_weight)
         prices = np.array([mean_price(profile) or 0.0 for profile in self.profiles])
         self._penalty = cost_weight * (prices / prices.max() if prices.max() > 0 else prices)
+        kinds = {(profile.model, mean_price(profile)) for profile in self.profiles}
+        self.static = len(kinds) == len(self.profiles)
         self._known: dict[bytes, Scores] = {}
         self._mean = np.zeros(len(self.experts))
 
@@ -51,6 +53,13 @@ class Oracle(Policy):
         """The revealed quality, or the training means for an unknown prompt."""
         rows = [self._known.get(_key(query.text), self._mean) for query in queries]
         return np.array(rows, dtype=float).reshape(len(queries), -1) - self._penalty
+
+    def choose(self, scores_row: Scores, fleet: FleetState) -> Decision:
+        """The best score; of several experts with one model the least loaded."""
+        best = None if self.static else least_loaded_of_best(scores_row, fleet)
+        if best is None:
+            return super().choose(scores_row, fleet)
+        return Decision(best, self.explain(scores_row, best))
 
     def __getstate__(self) -> dict[str, Any]:
         """Saved without the answers: they belong to one evaluation."""

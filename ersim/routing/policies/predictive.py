@@ -13,9 +13,15 @@ import numpy as np
 
 from ersim.errors import ConfigError, bad_value
 from ersim.routing.features import build_features
-from ersim.routing.labels import filled_quality, quality_matrix
-from ersim.routing.policies.spill import expert_load
-from ersim.routing.policy import ExpertProfile, Policy, Scores, expert_index, expert_is_healthy
+from ersim.routing.labels import equal_columns, filled_quality, quality_matrix
+from ersim.routing.policy import (
+    ExpertProfile,
+    Policy,
+    Scores,
+    expert_index,
+    expert_load,
+    least_loaded_of_best,
+)
 from ersim.routing.predictors import build_predictor
 from ersim.routing.tiers import mean_price
 from ersim.types import Decision, FleetState, Prompt, RoutingQuery
@@ -28,6 +34,7 @@ class Predictive(Policy):
         at run time by `adjust`. prices: USD per million tokens by expert, when the fleet has none.
     load_weight: quality given up per outstanding request per slot; above 0 the policy looks at the
         fleet and is no longer static.
+    Experts with the same labels (one model) are predicted alike; the least loaded of them answers.
     """
 
     name = "predictive"
@@ -53,6 +60,7 @@ class Predictive(Policy):
         self.features = build_features(features, feature_params)
         self.predictor = build_predictor(predictor, predictor_params)
         self.cost_weight, self.load_weight = 0.0, 0.0
+        self._column = list(range(len(self.experts)))
         self.adjust(cost_weight=cost_weight, load_weight=load_weight)
         self.routing_base_s = self.features.base_s + 60e-6
         self.routing_per_char_s = self.features.per_char_s
@@ -69,19 +77,27 @@ class Predictive(Policy):
             if not value >= 0:
                 raise bad_value(f"router.params.{key}", ">= 0", value)
             setattr(self, key, float(value))
-        self.static = self.load_weight == 0.0
-        self.trades_quality = not self.static
+        self._look_at_load()
         self.cost = self._relative_prices()
 
     def fit(self, prompts: Sequence[Prompt], seed: int) -> None:
         """Learn each expert's quality; a prompt without an expert's label counts with its mean."""
         quality = filled_quality(quality_matrix(prompts, self.profiles, required=True))
         texts = [prompt.text for prompt in prompts]
-        self.predictor.fit(self.features.fit_transform(texts, seed), quality, seed)
+        self._column = equal_columns(quality)
+        distinct = [self._column.index(number) for number in range(max(self._column) + 1)]
+        self.predictor.fit(self.features.fit_transform(texts, seed), quality[:, distinct], seed)
+        self._look_at_load()
+
+    def _look_at_load(self) -> None:
+        """Whether load matters: it does to a load weight, and between experts that are worth the same."""
+        self.trades_quality = self.load_weight > 0.0
+        self.static = not self.trades_quality and len(set(self._column)) == len(self._column)
 
     def quality(self, queries: Sequence[RoutingQuery]) -> Scores:
         """Predicted quality alone, shape (len(queries), experts)."""
-        return self.predictor.predict(self.features.transform([query.text for query in queries]))
+        rows = self.features.transform([query.text for query in queries])
+        return self.predictor.predict(rows)[:, self._column]
 
     def score(self, queries: Sequence[RoutingQuery]) -> Scores:
         """Predicted quality minus the weighted price."""
@@ -89,19 +105,17 @@ class Predictive(Policy):
         return scores
 
     def choose(self, scores_row: Scores, fleet: FleetState) -> Decision:
-        """With a load weight, each expert's load lowers its score."""
+        """With a load weight, each expert's load lowers its score; equals go to the least loaded."""
         if self.static:
             return super().choose(scores_row, fleet)
-        best, highest = -1, -np.inf
-        for index, expert in enumerate(fleet.experts):
-            if not expert_is_healthy(expert):
-                continue
-            value = float(scores_row[index]) - self.load_weight * expert_load(expert)
-            if value > highest:
-                best, highest = index, value
-        if best < 0:
+        worth = scores_row
+        if self.load_weight > 0.0:
+            load = np.array([expert_load(expert) for expert in fleet.experts])
+            worth = scores_row - self.load_weight * load
+        best = least_loaded_of_best(worth, fleet)
+        if best is None:
             return super().choose(scores_row, fleet)
-        return Decision(best, f"{self.name}: value {highest:.3f}")
+        return Decision(best, f"{self.name}: value {float(worth[best]):.3f}")
 
     def _relative_prices(self) -> Scores:
         """Price of each expert over the dearest one's; zeros (no cost) while cost_weight is 0."""

@@ -13,17 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ersim.errors import bad_value, unknown_choice
-from ersim.routing.policy import ExpertProfile, Policy, Scores, expert_is_healthy, plain
-from ersim.types import Decision, ExpertState, FleetState, Prompt, RoutingQuery
-
-
-def expert_load(expert: ExpertState) -> float:
-    """Outstanding requests (running and waiting) per slot; infinite when no replica is healthy."""
-    outstanding, healthy = 0, not expert.replicas
-    for replica in expert.replicas:
-        outstanding += replica.running + replica.waiting
-        healthy = healthy or replica.healthy
-    return outstanding / max(expert.slots, 1) if healthy else float("inf")
+from ersim.routing.policy import ExpertProfile, Policy, Scores, expert_is_healthy, expert_load, plain
+from ersim.types import Decision, FleetState, Prompt, RoutingQuery
 
 
 class Spill(Policy):

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from ersim.errors import ConfigError, DataError, bad_value
 from ersim.routing.evaluation import gap_curve
-from ersim.routing.policies.spill import expert_load
-from ersim.routing.policy import HOPELESS, ExpertProfile, Policy, Scores, expert_is_healthy
+from ersim.routing.policy import HOPELESS, ExpertProfile, Policy, Scores, expert_is_healthy, expert_load
 from ersim.routing.tiers import find_tiers, mean_price
 from ersim.types import Decision, FleetState, Prompt, RoutingQuery
 
