@@ -289,7 +289,8 @@ def _quality(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     known = points[points[QUALITY].notna()]
     largest = float(known["output_throughput"].max())
     for axes, column, scale in ((left, COST_Y, 1.0), (right, COST_X, 1e-3)):
-        _draw_front(axes, known[column].to_numpy(float) * scale, known[QUALITY].to_numpy(float))
+        routers = known[~known["line"].str.contains("oracle")]
+        _draw_front(axes, routers[column].to_numpy(float) * scale, routers[QUALITY].to_numpy(float))
         for index, line in enumerate(lines):
             own = known[known["line"] == line].sort_values("users")
             colour, marker = _look(index)
@@ -307,7 +308,7 @@ def _quality(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     note = (
         f"{title}; along each line {known['users'].min():,.0f} to {known['users'].max():,.0f} users; larger "
         "points: more tokens per second; upper left is best,\ngrey: the Pareto front, which no other "
-        "policy and load beats on both axes"
+        "policy and load beats on both axes (the oracle, which sees the answers, left out)"
     )
     figure.text(0.07, 0.875, note, fontsize=9, color="#555555")
     handles, names = left.get_legend_handles_labels()
