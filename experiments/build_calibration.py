@@ -59,7 +59,7 @@ def from_profile(
     _check_origin(profile.meta, folder, gpu, model)
     terms = layer_profile.gpu_terms(profile, load_model(model), load_gpu(gpu))
     _, mixed_error = layer_profile.fit_mixed(profile.attention())
-    derived = "the all-reduce is datasheet arithmetic" if tp > 1 else None
+    derived = "the all-reduce is datasheet and public reports" if tp > 1 else None
     return _assemble(
         terms,
         overheads,

@@ -174,5 +174,5 @@ def _all_reduce(model: ModelSpec, gpu: GpuSpec, tp: int) -> dict[str, Any]:
     """Two all-reduces a layer over the GPU's link by datasheet: profiles hold none."""
     tokens = np.asarray((1, 16, 64, 256, 512, 1024, 2048, 4096, 8192), dtype=float)
     moved = tokens * model.hidden_size * 2 * 2 * (tp - 1) / tp
-    seconds = 2 * model.num_layers * (gpu.link_latency_s + moved / (0.7 * gpu.link_bytes_s))
+    seconds = 2 * model.num_layers * (gpu.all_reduce_latency_s(tp) + moved / (0.7 * gpu.link_bytes_s))
     return curve_term("all-reduce", tokens, seconds)

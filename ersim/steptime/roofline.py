@@ -38,7 +38,9 @@ def dense_s(model: ModelSpec, gpu: GpuSpec, precision: str, tp: int, tokens: np.
     total = np.maximum(weights_s, tokens * flops_s) + small_s
     if tp > 1:
         moved = 2.0 * tokens * model.hidden_size * 2 * (tp - 1) / tp
-        total = total + 2 * model.num_layers * (gpu.link_latency_s + moved / (gpu.link_bytes_s * 0.7))
+        total = total + 2 * model.num_layers * (
+            gpu.all_reduce_latency_s(tp) + moved / (gpu.link_bytes_s * 0.7)
+        )
     return np.asarray(total, dtype=float)
 
 

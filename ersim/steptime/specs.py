@@ -6,6 +6,7 @@ Bytes, FLOP/s and bytes/s, never GB or TFLOPS.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 # Bytes per weight of the linear layers. int4 holds 4 bits plus one 16-bit scale (and a packed zero
 # point of 4 bits) per group of 128 (GPTQ and AWQ as published); fp8 and int8 hold one scale per channel.
 LINEAR_BYTES: Mapping[str, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2.5 / 128}
+
+PCIE_BYTES_S = 1e11  # links up to here are PCIe, not NVLink
 
 
 def canonical_precision(precision: str) -> str:
@@ -150,6 +153,15 @@ class GpuSpec:
     def peak_flops(self, precision: str) -> float:
         """Dense peak FLOP/s at which `precision` computes (int4, and what the GPU lacks, in bf16)."""
         return float(self.flops.get(canonical_precision(precision), self.flops["bf16"]))
+
+    def all_reduce_latency_s(self, tp: int) -> float:
+        """Seconds of the smallest all-reduce among `tp` GPUs.
+
+        NVLink's custom kernels hardly depend on their number (operator tables); over PCIe, where vLLM has
+        custom kernels for two GPUs only, NCCL's steps add up: 8 to 12 us at 2, 19 us at 4 GPUs in CUDA
+        graphs (flashinfer pull request 5023, sglang-V100 pull request 2).
+        """
+        return self.link_latency_s * (1.0 if self.link_bytes_s > PCIE_BYTES_S else math.log2(max(2, tp)))
 
     @property
     def default_batched_tokens(self) -> int:

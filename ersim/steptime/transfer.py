@@ -257,7 +257,7 @@ def _prefill(term: Mapping[str, Any], origin: Setting, target: Setting, layers: 
 def _all_reduce(target: Setting) -> dict[str, Any]:
     """Two all-reduces a layer over the link by datasheet."""
     tokens = np.asarray((1, 16, 64, 256, 512, 1024, 2048, 4096, 8192), dtype=float)
-    launches = 2 * target.model.num_layers * target.gpu.link_latency_s
+    launches = 2 * target.model.num_layers * target.gpu.all_reduce_latency_s(target.tp)
     seconds = launches + tokens * target.reduce_s / LINK_EFFICIENCY
     term = {"kind": "tokens", "side": "gpu", "label": "all-reduce", "padded": True}
     return term | {"tokens": [int(t) for t in tokens], "time_us": _times(1e6 * seconds)}
