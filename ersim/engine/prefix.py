@@ -22,14 +22,14 @@ Neighbouring blocks of one request share all three, so this room keeps them as o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ersim.errors import bad_value
 
 if TYPE_CHECKING:
     from ersim.engine.request import EngineRequest
 
-FAR = 1 << 60
+FAR: Final = 1 << 60
 """Beyond every block index."""
 
 

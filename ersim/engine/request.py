@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ersim.types import Segment
 
@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from ersim.engine.bulk import DecodeBulk
     from ersim.engine.prefix import Node, Piece
 
-NEW, WAITING, PREEMPTED, DECODING, WALKED, GHOST, FINISHED = range(7)
+NEW: Final = 0
+WAITING: Final = 1
+PREEMPTED: Final = 2
+DECODING: Final = 3
+WALKED: Final = 4
+GHOST: Final = 5
+FINISHED: Final = 6
 """Where a request is.
 
 DECODING rows advance in bulk and are touched by nobody between events; WALKED rows (prefills, and

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ersim.types import Batch
 
 if TYPE_CHECKING:
     from ersim.engine.request import EngineRequest
 
-NOBODY: tuple[EngineRequest, ...] = ()
+NOBODY: Final[tuple[EngineRequest, ...]] = ()
 """Shared by all steps in which nothing happened to anybody."""
 
-NO_CHUNKS: tuple[tuple[int, int], ...] = ()
+NO_CHUNKS: Final[tuple[tuple[int, int], ...]] = ()
 """Shared by all steps without a prefill."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from ersim.results.records import COMPLETED, FAILED, REJECTED, STATUSES
 from ersim.system.inflight import InFlight
@@ -10,7 +11,9 @@ from ersim.system.log import RequestLog
 from ersim.system.sources import Source
 from ersim.system.turns import Agenda
 
-_COMPLETED, _FAILED, _REJECTED = (STATUSES.index(status) for status in (COMPLETED, FAILED, REJECTED))
+_COMPLETED: Final = STATUSES.index(COMPLETED)
+_FAILED: Final = STATUSES.index(FAILED)
+_REJECTED: Final = STATUSES.index(REJECTED)
 
 
 class Ends:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +30,14 @@ from ersim.system.turns import Agenda, Turn
 from ersim.types import StepTime
 
 MIN_RUN_STEPS = 12  # below this a vectorised stretch costs more than its steps one by one
-MAX_RUN_STEPS = 4096
+MAX_RUN_STEPS: Final = 4096
 Ended = Callable[[InFlight, float], None]
 
 
-_NOTHING, _WAKE, _STEP, _RUN = range(4)
+_NOTHING: Final = 0
+_WAKE: Final = 1
+_STEP: Final = 2
+_RUN: Final = 3
 """What a replica's entry in the agenda is: none, an arrival while idle, the end of a step or of a stretch."""
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
+from typing import Final
 
 Entry = tuple[float, int, int, object]
 """SimPy's own: time, priority, number, event."""
 
-NORMAL_PRIORITY = 1
+NORMAL_PRIORITY: Final = 1
 """`simpy.events.NORMAL`."""
 
 
