@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ersim.config import SimulationConfig
 from ersim.prepare import Routing
 from ersim.results import Window, breakdown, in_window, quality, summarise
-from ersim.results.records import COMPLETED
+from ersim.results.records import COMPLETED, RequestTable
 from ersim.steptime import ExpertModel
 from ersim.system import RunOutput
 from ersim.types import Prompt
@@ -29,14 +28,14 @@ def run_figures(
     """All figures of one replication; `routing` says what the policy preferred."""
     objective = config.objective
     figures = summarise(
-        output.requests,
+        output.table,
         output.gaps,
         window,
         ttft_objective_s=objective.ttft_s,
         tpot_objective_s=objective.tpot_s,
     )
     figures.update(_cost(config, experts, figures))
-    per_expert = breakdown(output.requests, window, "expert")
+    per_expert = breakdown(output.table, window, "expert")
     for index, name in enumerate(config.fleet.experts):
         block = per_expert.setdefault(name, {"completed": 0, "share": 0.0})
         block.update(_occupancy(experts[index], output, index, window))
@@ -44,10 +43,10 @@ def run_figures(
     energy = _energy_joules(experts, per_expert, list(config.fleet.experts), window)
     tokens = (figures["output_throughput"] or 0.0) * window.duration_s
     figures["joules_per_output_token"] = energy / tokens if energy is not None and tokens else None
-    figures.update(_routing(config, experts, prompts, in_window(output.requests, window), figures))
-    figures.update(_price_of_load(routing, config, in_window(output.requests, window)))
+    figures.update(_routing(config, experts, prompts, in_window(output.table, window), figures))
+    figures.update(_price_of_load(routing, config, in_window(output.table, window)))
     figures["per_expert"] = per_expert
-    figures["per_domain"] = breakdown(output.requests, window, "domain")
+    figures["per_domain"] = breakdown(output.table, window, "domain")
     return figures
 
 
@@ -100,14 +99,14 @@ def _routing(
     config: SimulationConfig,
     experts: Sequence[ExpertModel],
     prompts: Sequence[Prompt],
-    inside: pd.DataFrame,
+    inside: RequestTable,
     figures: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Answer quality, misroutes, strong calls and balance; None where the prompt set has no labels."""
     names = list(config.fleet.experts)
     configs = list(config.fleet.experts.values())
-    done = inside[(inside["status"] == COMPLETED)]
-    expert = done["expert"].map({name: index for index, name in enumerate(names)}).to_numpy(dtype=np.int64)
+    done = inside[inside["status"] == COMPLETED]
+    expert = _positions(done, names)
     asked = [prompts[index] for index in done["prompt_index"]]
     domains = sorted({prompt.domain for prompt in asked})
     domain = np.array([domains.index(prompt.domain) for prompt in asked], dtype=np.int64)
@@ -130,7 +129,7 @@ def _routing(
     }
 
 
-def _price_of_load(routing: Routing, config: SimulationConfig, inside: pd.DataFrame) -> dict[str, Any]:
+def _price_of_load(routing: Routing, config: SimulationConfig, inside: RequestTable) -> dict[str, Any]:
     """How often load moved a request away from the policy's choice, and the score that this gave up.
 
     In the policy's own units: expected quality (0 to 1) for policies that learnt from labels. None
@@ -139,14 +138,19 @@ def _price_of_load(routing: Routing, config: SimulationConfig, inside: pd.DataFr
     if routing.preferred is None:
         return {"spilled_share": None, "quality_given_up": None}
     done = inside[inside["status"] == COMPLETED]
-    index = {name: i for i, name in enumerate(config.fleet.experts)}
-    expert = done["expert"].map(index).to_numpy(dtype=np.int64)
-    asked = done["prompt_index"].to_numpy(dtype=np.int64)
+    expert = _positions(done, list(config.fleet.experts))
+    asked = done["prompt_index"]
     first = routing.preferred[asked]
     return {
         "spilled_share": quality.spilled_share(expert, first),
         "quality_given_up": quality.quality_given_up(routing.scores[asked], expert, first),
     }
+
+
+def _positions(done: RequestTable, names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Index of each request's expert in `names`."""
+    index = {name: position for position, name in enumerate(names)}
+    return np.array([index[name] for name in done["expert"].tolist()], dtype=np.int64)
 
 
 def _labels(asked: Sequence[Prompt], names: Sequence[str], models: Sequence[str]) -> npt.NDArray[np.float64]:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ersim.config import SimulationConfig, validate
 from ersim.engine import VLLM_VERSION
@@ -18,12 +18,15 @@ from ersim.errors import SimulationError
 from ersim.figures import run_figures
 from ersim.parallel import spread
 from ersim.prepare import Preparations
-from ersim.results import Gaps, Window, combine, mean_is_known, steady_window
+from ersim.results import Gaps, RequestTable, Window, combine, mean_is_known, steady_window
 from ersim.results.records import COMPLETED
 from ersim.steptime import ExpertModel
 from ersim.system import RunOutput, System
 from ersim.util.files import write_atomically, write_json
 from ersim.workload import build_workload
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 
@@ -33,26 +36,29 @@ class Result:
     """What a simulation found.
 
     summary: figures with `_low` and `_high`, blocks per expert and per domain; deterministic.
-    requests: one row per request of the first replication. replications: every replication's own
-    summary. calibrations: identity of each expert's calibration. wall_s is the only figure that
-    depends on the machine, and is therefore kept apart.
+    table, requests: one row per request of the first replication, the latter as a data frame.
+    replications: every replication's own summary. calibrations: identity of each expert's
+    calibration. wall_s is the only figure that depends on the machine, and is therefore kept apart.
     """
 
     config: SimulationConfig
     summary: dict[str, Any]
-    requests: pd.DataFrame
+    table: RequestTable
     gaps: Gaps
     window: Window
     replications: list[dict[str, Any]]
     calibrations: dict[str, dict[str, Any]]
     wall_s: float = field(compare=False)
 
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """The table as a pandas data frame."""
+        return self.table.frame()
+
     def write(self, folder: Path | str) -> None:
         """Write summary.json, replications.json, calibration.json and requests.parquet, each atomically."""
         target = Path(folder)
-        write_atomically(
-            target / "requests.parquet", lambda path: self.requests.to_parquet(path, index=False)
-        )
+        write_atomically(target / "requests.parquet", self.table.write_parquet)
         write_json(target / "calibration.json", self.calibrations)
         write_json(target / "replications.json", self.replications)
         write_json(target / "summary.json", self.summary)
@@ -89,7 +95,7 @@ def simulate(config: SimulationConfig, preparations: Preparations | None = None,
     return Result(
         config=config,
         summary=summary,
-        requests=output.requests,
+        table=output.table,
         gaps=output.gaps,
         window=window,
         replications=summaries,
@@ -127,7 +133,7 @@ def replicate(
     output = system.run()
     if not output.counts.balanced:
         raise SimulationError(f"requests were lost: {output.counts}")
-    if not (output.requests["status"] == COMPLETED).any():
+    if not (output.table["status"] == COMPLETED).any():
         raise SimulationError(_nothing_finished(output))
     return output
 
@@ -144,8 +150,8 @@ def _draw(seed: int, stream: int, sample: bool) -> np.random.Generator | None:
 
 def _nothing_finished(output: RunOutput) -> str:
     counts = output.counts
-    errors = output.requests["error"].dropna()
-    last = f"; last error: {errors.iloc[-1]}" if len(errors) else ""
+    errors = [error for error in output.table["error"].tolist() if error is not None]
+    last = f"; last error: {errors[-1]}" if errors else ""
     return (
         f"no request finished: {counts.rejected} rejected, {counts.failed} failed, "
         f"{counts.on_replicas} on replicas{last}"
@@ -154,11 +160,11 @@ def _nothing_finished(output: RunOutput) -> str:
 
 def measurement_window(output: RunOutput, config: SimulationConfig) -> Window:
     """The steady part of a run; a trace is measured whole, since its load is what it is."""
-    done = output.requests[output.requests["status"] == COMPLETED]
+    done = output.table[output.table["status"] == COMPLETED]
     if config.workload.arrivals == "trace":
         return Window(0.0, output.end_s, True)
-    ended = done["last_token_s"].to_numpy()
-    return steady_window(ended, ended - done["send_s"].to_numpy(), 0.0)
+    ended = done["last_token_s"]
+    return steady_window(ended, ended - done["send_s"], 0.0)
 
 
 def _replications(

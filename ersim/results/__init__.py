@@ -4,7 +4,15 @@ from ersim.results import quality
 from ersim.results.compare import VALIDATED, Comparison, Difference, compare, difference
 from ersim.results.intervals import combine, mean_is_known, prediction_interval
 from ersim.results.percentiles import latency_statistics, weighted_quantiles
-from ersim.results.records import COMPLETED, FAILED, REJECTED, REQUEST_COLUMNS, Gaps, check_requests
+from ersim.results.records import (
+    COMPLETED,
+    FAILED,
+    REJECTED,
+    REQUEST_COLUMNS,
+    Gaps,
+    RequestTable,
+    check_requests,
+)
 from ersim.results.summary import breakdown, in_window, latencies_s, summarise
 from ersim.results.warmup import Window, mser_cut, steady_window
 
@@ -17,6 +25,7 @@ __all__ = [
     "Comparison",
     "Difference",
     "Gaps",
+    "RequestTable",
     "Window",
     "breakdown",
     "check_requests",

@@ -6,37 +6,41 @@ second, TTFT counts from the moment the client sends, TPOT = (E2E - TTFT) / (out
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ersim.results.percentiles import latency_statistics
-from ersim.results.records import COMPLETED, FAILED, REJECTED, Gaps
+from ersim.results.records import COMPLETED, FAILED, REJECTED, Gaps, RequestTable
 from ersim.results.warmup import Window
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 FloatArray = npt.NDArray[np.float64]
+Rows = TypeVar("Rows", "pd.DataFrame", RequestTable)
+"""Requests of a measured run (a data frame) or of a simulated one."""
 
 
-def in_window(frame: pd.DataFrame, window: Window) -> pd.DataFrame:
+def in_window(frame: Rows, window: Window) -> Rows:
     """Requests that ended inside the window (start excluded, end included)."""
-    ended = frame["last_token_s"].to_numpy()
+    ended = np.asarray(frame["last_token_s"])
     return frame[(ended > window.start_s) & (ended <= window.end_s)]
 
 
-def latencies_s(done: pd.DataFrame) -> tuple[FloatArray, FloatArray, FloatArray]:
+def latencies_s(done: Rows) -> tuple[FloatArray, FloatArray, FloatArray]:
     """TTFT, TPOT (only of requests with more than one token) and E2E latency of completed requests."""
-    send = done["send_s"].to_numpy(dtype=np.float64)
-    first = done["first_token_s"].to_numpy(dtype=np.float64)
-    last = done["last_token_s"].to_numpy(dtype=np.float64)
-    tokens = done["output_tokens"].to_numpy(dtype=np.int64)
+    send = np.asarray(done["send_s"], dtype=np.float64)
+    first = np.asarray(done["first_token_s"], dtype=np.float64)
+    last = np.asarray(done["last_token_s"], dtype=np.float64)
+    tokens = np.asarray(done["output_tokens"], dtype=np.int64)
     several = tokens > 1
     tpot = (last[several] - first[several]) / (tokens[several] - 1)
     return first - send, tpot, last - send
 
 
-def _throughput(done: pd.DataFrame, gaps: Gaps, window: Window, good: int) -> dict[str, float | None]:
+def _throughput(done: Rows, gaps: Gaps, window: Window, good: int) -> dict[str, float | None]:
     """Rates over the window; output tokens are counted when they arrive, not when their request ends."""
     duration = window.duration_s
     if duration <= 0:
@@ -53,25 +57,25 @@ def _throughput(done: pd.DataFrame, gaps: Gaps, window: Window, good: int) -> di
     }
 
 
-def _good(done: pd.DataFrame, ttft_s: float, tpot_s: float) -> int:
+def _good(done: Rows, ttft_s: float, tpot_s: float) -> int:
     """Number of completed requests that met both objectives (TPOT only where there is one)."""
     ttft, _, e2e = latencies_s(done)
-    tokens = np.maximum(done["output_tokens"].to_numpy() - 1, 1)
+    tokens = np.maximum(np.asarray(done["output_tokens"]) - 1, 1)
     tpot = (e2e - ttft) / tokens
     return int(np.count_nonzero((ttft <= ttft_s) & (tpot <= tpot_s)))
 
 
 def summarise(
-    frame: pd.DataFrame, gaps: Gaps, window: Window, *, ttft_objective_s: float, tpot_objective_s: float
+    frame: Rows, gaps: Gaps, window: Window, *, ttft_objective_s: float, tpot_objective_s: float
 ) -> dict[str, Any]:
     """Counts, rates and latency statistics of the requests that ended inside `window`."""
     inside = in_window(frame, window)
-    done = inside[inside["status"] == COMPLETED]
+    done = inside[np.asarray(inside["status"]) == COMPLETED]
     good = _good(done, ttft_objective_s, tpot_objective_s)
     ttft, tpot, e2e = latencies_s(done)
     seen = (gaps.end_s > window.start_s) & (gaps.end_s <= window.end_s) & (gaps.count > 0)
     prompt_tokens = int(done["prompt_tokens"].sum())
-    statuses = frame["status"]
+    statuses = np.asarray(frame["status"])
     return {
         "duration": window.duration_s,
         "warmup_s": window.start_s,
@@ -88,19 +92,21 @@ def summarise(
         **latency_statistics("tpot", tpot),
         **latency_statistics("itl", gaps.gap_s[seen], gaps.count[seen]),
         **latency_statistics("e2el", e2e),
-        **latency_statistics("gateway", done["gateway_s"].to_numpy(dtype=np.float64)),
-        **latency_statistics("routing", done["routing_s"].to_numpy(dtype=np.float64)),
+        **latency_statistics("gateway", np.asarray(done["gateway_s"], dtype=np.float64)),
+        **latency_statistics("routing", np.asarray(done["routing_s"], dtype=np.float64)),
         "preemptions": int(inside["preemptions"].sum()),
         "prefix_hit_rate": float(done["cached_tokens"].sum() / prompt_tokens) if prompt_tokens else None,
     }
 
 
-def breakdown(frame: pd.DataFrame, window: Window, by: str) -> dict[str, dict[str, Any]]:
+def breakdown(frame: Rows, window: Window, by: str) -> dict[str, dict[str, Any]]:
     """Share, rate and latency per value of the column `by` (expert or domain), in order of first sight."""
     inside = in_window(frame, window)
-    done = inside[inside["status"] == COMPLETED]
+    done = inside[np.asarray(inside["status"]) == COMPLETED]
     result: dict[str, dict[str, Any]] = {}
-    for name, group in done.groupby(by, sort=False, observed=True):
+    names = np.asarray(done[by])
+    for name in dict.fromkeys(names.tolist()):
+        group = done[names == name]
         ttft, tpot, e2e = latencies_s(group)
         result[str(name)] = {
             "completed": len(group),

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from struct import Struct
 
 import numpy as np
-import pandas as pd
 
-from ersim.results.records import REQUEST_COLUMNS, STATUSES, Gaps
+from ersim.results.records import REQUEST_COLUMNS, STATUSES, Gaps, RequestTable
 from ersim.system.inflight import InFlight
 
 # Numbers of one request, in the order in which `RequestLog.add` writes them. Indices stand for
@@ -89,11 +88,11 @@ class RequestLog:
         self.ended += 1
         self.by_status[status] += 1
 
-    def frame(self, experts: Sequence[str], domains: Sequence[str]) -> pd.DataFrame:
+    def table(self, experts: Sequence[str], domains: Sequence[str]) -> RequestTable:
         """All rows with the house's columns; `domains[i]` is the domain of prompt i."""
         table = np.frombuffer(self._rows, dtype=np.float64).reshape(self.ended, len(_FIELDS))
         columns = {name: table[:, index] for index, name in enumerate(_FIELDS)}
-        data: dict[str, object] = {}
+        data: dict[str, np.ndarray] = {}
         for name, kind in REQUEST_COLUMNS.items():
             if kind in ("int64", "float64"):
                 data[name] = columns[name].astype(kind)
@@ -104,7 +103,7 @@ class RequestLog:
         for row, message in self._errors.items():
             error[row] = message
         data["error"] = error
-        return pd.DataFrame({name: data[name] for name in REQUEST_COLUMNS})
+        return RequestTable({name: data[name] for name in REQUEST_COLUMNS})
 
 
 def _names(indices: np.ndarray, names: Sequence[str]) -> np.ndarray:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from simpy.events import Event
 
 from ersim.config import FaultConfig, SimulationConfig
 from ersim.engine import EngineConfig
 from ersim.errors import SimulationError
-from ersim.results.records import Gaps
+from ersim.results.records import Gaps, RequestTable
 from ersim.routing import Policy, build_balancer
 from ersim.steptime import ExpertModel, Frontend
 from ersim.system.dispatch import decider, picker, routing_times_s, service_time
@@ -26,6 +27,9 @@ from ersim.system.replica import Replica
 from ersim.system.sources import ClosedUsers, OpenArrivals
 from ersim.types import ExpertState, FleetState, Prompt, StepTime
 from ersim.workload import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOISE_CHUNK = 4096
 
@@ -55,7 +59,7 @@ class RunOutput:
     beyond: per expert, how many steps lay outside its calibration's range, by what was exceeded.
     """
 
-    requests: pd.DataFrame
+    table: RequestTable
     gaps: Gaps
     step_logs: list[list[StepLog]]
     counts: Counts
@@ -63,6 +67,11 @@ class RunOutput:
     steps: int
     events: int
     beyond: list[dict[str, int]]
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """One row per request that ended."""
+        return self.table.frame()
 
 
 def engine_config(expert: ExpertModel) -> EngineConfig:
@@ -235,12 +244,12 @@ class System:
                 replica.settle(self.env.now)
         logs = [[replica.log for replica in row] for row in self.replicas]
         domains = [prompt.domain for prompt in self._prompts]
-        frame = self._ends.log.frame(self._names, domains)
+        table = self._ends.log.table(self._names, domains)
         parts = [log.gaps(self._return_s) for row in logs for log in row]
-        end_s = float(np.nanmax(frame["last_token_s"])) if len(frame) else float(self.env.now)
+        end_s = float(np.nanmax(table["last_token_s"])) if len(table) else float(self.env.now)
         steps = sum(len(log) for row in logs for log in row)
         return RunOutput(
-            frame,
+            table,
             Gaps.concatenate(parts),
             logs,
             self.counts(),

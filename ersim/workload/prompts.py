@@ -15,15 +15,18 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ersim.config import PromptSetConfig
 from ersim.errors import bad_value
 from ersim.types import Prompt
 from ersim.workload.tables import read_table, real_numbers, require_column, texts, whole_numbers
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BYTES_PER_TOKEN = 3.94
 """UTF-8 bytes of English text per Llama 3 token: Grattafiori et al., "The Llama 3 Herd of Models"
@@ -136,7 +139,7 @@ def _domains(table: pd.DataFrame, config: PromptSetConfig, path: str) -> Sequenc
         return [NO_DOMAIN] * len(table)
     key = f"{KEY}.domain_column; null means that the set has no domains"
     values = require_column(table, config.domain_column, path, key)
-    return [NO_DOMAIN if pd.isna(value) else str(value) for value in values]
+    return [str(value) if known else NO_DOMAIN for value, known in zip(values, values.notna(), strict=True)]
 
 
 def _tokens(table: pd.DataFrame, column: str | None, usual: str, path: str) -> list[int | None]:

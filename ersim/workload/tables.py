@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ersim.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
     """One JSON object a line; blank lines are skipped. ValueError names the line that is none."""
+    import pandas as pd
+
     rows = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if not line.strip():
@@ -31,14 +36,22 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     """Only empty and NaN fields are missing: a prompt may well say NA, None or null."""
+    import pandas as pd
+
     return pd.read_csv(path, keep_default_na=False, na_values=["", "NaN", "nan"])
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.read_parquet(path)
 
 
 MOST = 10**12
 """No count of tokens is above this; a larger number is a damaged one."""
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".parquet": pd.read_parquet,
+    ".parquet": _read_parquet,
     ".csv": _read_csv,
     ".csv.gz": _read_csv,
     ".jsonl": _read_jsonl,
@@ -62,8 +75,8 @@ def read_table(path: str | Path, key: str) -> pd.DataFrame:
         raise DataError(f"{key}: {path} must end in one of: {', '.join(READERS)}")
     try:
         table = READERS[suffix](path)
-    except (ValueError, OSError, UnicodeError, pd.errors.ParserError) as error:
-        # pyarrow's ArrowInvalid and pandas' EmptyDataError are ValueErrors too
+    except (ValueError, OSError, UnicodeError) as error:
+        # pyarrow's ArrowInvalid and pandas' EmptyDataError and ParserError are ValueErrors too
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{key}: {path} cannot be read as {suffix[1:]}: {reason}") from error
     if table.empty:
@@ -110,6 +123,8 @@ def real_numbers(
 
 def _numbers(values: pd.Series) -> npt.NDArray[np.float64]:
     """The column as floats, NaN where a value is no number."""
+    import pandas as pd
+
     return np.asarray(pd.to_numeric(values, errors="coerce").to_numpy(np.float64, na_value=np.nan))
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ersim.errors import DataError
 from ersim.workload.tables import find_column, read_table, real_numbers, texts, whole_numbers
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KEY = "workload.trace_path"
 
@@ -125,6 +128,8 @@ def _blocks(values: pd.Series, prompt_tokens: npt.NDArray[np.int64], path: str |
 
 
 def _arrivals(values: pd.Series, path: str | Path) -> npt.NDArray[np.float64]:
+    import pandas as pd
+
     if not pd.api.types.is_numeric_dtype(values):
         stamps = pd.to_datetime(values, errors="coerce", utc=True, format="mixed")
         if stamps.notna().all():

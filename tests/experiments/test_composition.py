@@ -62,7 +62,8 @@ def test_libyaml_reads_and_writes_as_omegaconf_does() -> None:
 def test_starting_loads_no_library_that_only_the_end_needs() -> None:
     code = (
         "import sys, experiments.simulate, ersim; ersim.simulate; "
-        "print(sorted({'scipy', 'sklearn', 'mlflow', 'matplotlib', 'rich'} & set(sys.modules)))"
+        "libraries = {'pandas', 'pyarrow', 'scipy', 'sklearn', 'mlflow', 'matplotlib', 'rich'}; "
+        "print(sorted(libraries & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
