@@ -18,6 +18,7 @@ from scipy.optimize import nnls
 
 from ersim.errors import DataError
 from ersim.steptime.specs import GpuSpec, ModelSpec
+from ersim.steptime.terms import curve
 from experiments.op_tables import curve_term, us
 
 FloatArray = npt.NDArray[np.float64]
@@ -27,6 +28,7 @@ TWICE_PER_LAYER = ("layernorm",)
 # graph the next kernel starts about half a microsecond after the last; the rest is taken off each.
 GRAPH_SAVING_US = 1.5
 ATTENTION_KERNELS = 2  # vLLM's attention layer writes the KV cache with a kernel of its own
+EXTENSION = 8  # profiles end at 2,048 tokens; servers with more memory run up to 16,384 a step
 
 
 class LayerProfile:
@@ -128,11 +130,37 @@ def _thin(tokens: FloatArray, seconds: FloatArray) -> tuple[FloatArray, FloatArr
     return tokens[keep], seconds[keep]
 
 
+def _extended(tokens: FloatArray, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The curve with one point more, at EXTENSION times the last count: the slope of its second half goes on.
+
+    The last segment alone is a tile's flat top, whose slope would let longer steps beat the peak.
+    """
+    half = int(np.searchsorted(tokens, tokens[-1] / 2))
+    slope = (seconds[-1] - seconds[half]) / (tokens[-1] - tokens[half])
+    far = EXTENSION * tokens[-1]
+    return np.append(tokens, far), np.append(seconds, seconds[-1] + slope * (far - tokens[-1]))
+
+
+def _longer_chunks(rows: list[int], contexts: list[int], times: FloatArray) -> tuple[list[int], FloatArray]:
+    """The prefill table (rows x contexts, us) with chunks beyond the profiled ones.
+
+    A longer chunk does the work of the longest profiled one several times, each behind the last; the
+    launches in between are saved.
+    """
+    longest, launch = rows[-1], float(times[0, 0])
+    at = np.asarray(contexts, dtype=float)
+    added = []
+    for parts in (2, 4, EXTENSION):
+        each = [curve(at + part * longest, at, times[-1]) for part in range(parts)]
+        added.append(np.sum(each, axis=0) - (parts - 1) * launch)
+    return [*rows, *(parts * longest for parts in (2, 4, EXTENSION))], np.vstack([times, *added])
+
+
 def gpu_terms(profile: LayerProfile, model: ModelSpec, gpu: GpuSpec) -> list[dict[str, Any]]:
     """All GPU terms of a calibration from a profile, each still to be multiplied by its coefficient."""
     layers = model.num_layers
     attention = profile.attention()
-    terms = [curve_term("linear maps", *_thin(*profile.dense_s(layers)))]
+    terms = [curve_term("linear maps", *_extended(*_thin(*profile.dense_s(layers))))]
     if profile.tp > 1:
         terms.append(_all_reduce(model, gpu, profile.tp))
     sequences, head = profile.per_sequence_s()
@@ -156,6 +184,7 @@ def gpu_terms(profile: LayerProfile, model: ModelSpec, gpu: GpuSpec) -> list[dic
     )
     prefill = attention[(attention.n_decode == 0) & (attention.prefill_chunk > 0)]
     rows, contexts, times = _grid(prefill, "prefill_chunk", "kv_prefill")
+    rows, times = _longer_chunks(rows, contexts, times)
     terms.append(
         {
             "kind": "prefill_attention",
