@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import aiohttp
 from aiohttp import web
 
-from ersim.errors import ConfigError
+from ersim.errors import ConfigError, ErsimError
 from ersim.routing import Policy, load_policy
 from testbed.gateway.exchange import Exchange
 from testbed.gateway.metrics import Metrics
@@ -50,6 +50,7 @@ class Gateway:
         app.router.add_post("/v1/chat/completions", self.completion)
         app.router.add_post("/v1/completions", self.completion)
         app.router.add_get("/v1/models", self.models)
+        app.router.add_post("/policy", self.adjust_policy)
         app.router.add_get("/health", self.health)
         app.router.add_get("/ready", self.ready)
         app.router.add_get("/metrics", self.metrics_text)
@@ -112,6 +113,20 @@ class Gateway:
             raise
         finally:
             self._finish(exchange)
+
+    async def adjust_policy(self, request: web.Request) -> web.Response:
+        """Change run-time settings of the policy, ``{"share": 0.2}`` say, without training or restart."""
+        try:
+            settings = json.loads(await request.read())
+        except (ValueError, UnicodeDecodeError) as error:
+            return web.json_response(error_body(400, f"the body is not JSON: {error}"), status=400)
+        if not isinstance(settings, dict):
+            return web.json_response(error_body(400, "the body must be a JSON object"), status=400)
+        try:
+            self.policy.adjust(**settings)
+        except ErsimError as error:
+            return web.json_response(error_body(400, str(error)), status=400)
+        return web.json_response({"policy": self.policy.name, "settings": settings})
 
     def _name(self, exchange: Exchange) -> str:
         return self.fleet.experts[exchange.expert].name if exchange.expert >= 0 else "none"

@@ -74,8 +74,8 @@ class Predictive(Policy):
                     f"router.params.{key} cannot change without training policy {self.name} again; "
                     "at run time only cost_weight and load_weight can"
                 )
-            if not value >= 0:
-                raise bad_value(f"router.params.{key}", ">= 0", value)
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise bad_value(f"router.params.{key}", "a number >= 0", value)
             setattr(self, key, float(value))
         self._look_at_load()
         self.cost = self._relative_prices()
