@@ -10,7 +10,7 @@ from typing import Any
 from ersim.config import EngineSettings
 from ersim.errors import DataError
 
-GPU_PATTERNS = (  # first match wins
+GPU_PATTERNS: tuple[tuple[str, str | None], ...] = (  # first match wins
     (r"gh200|gb[23]00|mi\d|gaudi|tpu", None),  # contain names of GPUs that they are not
     (r"h200", "h200-141gb"),
     (r"h100.*nvl", "h100-nvl"),
@@ -32,7 +32,7 @@ GPU_PATTERNS = (  # first match wins
     (r"a40\b", "a40"),
     (r"\bl4\b", "l4"),
 )
-MODEL_PATTERNS = (
+MODEL_PATTERNS: tuple[tuple[str, Mapping[str, str], str], ...] = (
     (r"llama[-_ ]?3(?:\.\d)?[-_ ](1|3|8|70|405)b", {"1": "llama3.2-1b", "3": "llama3.2-3b"}, "llama3.1-{}b"),
     (r"llama[-_ ]?2[-_ ](7|13|70)b", {}, "llama2-{}b"),
     (r"codellama[-_ ](34)b", {}, "codellama-{}b"),
