@@ -43,7 +43,7 @@ class Segment:
     tokens: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, init=False)
 class Request:
     """One request as a user sends it.
 
@@ -70,6 +70,37 @@ class Request:
     output_content_id: int | None = None
     block_keys: Sequence[int] | None = None
     arrival_s: float | None = None
+
+    # Written out because one is made per simulated request: a generated one cannot be compiled.
+    def __init__(
+        self,
+        request_id: int,
+        user: int,
+        prompt_index: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        max_tokens: int,
+        priority: int = 0,
+        session: int = 0,
+        turn: int = 0,
+        segments: tuple[Segment, ...] | None = None,
+        output_content_id: int | None = None,
+        block_keys: Sequence[int] | None = None,
+        arrival_s: float | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.user = user
+        self.prompt_index = prompt_index
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.max_tokens = max_tokens
+        self.priority = priority
+        self.session = session
+        self.turn = turn
+        self.segments = segments
+        self.output_content_id = output_content_id
+        self.block_keys = block_keys
+        self.arrival_s = arrival_s
 
 
 class Batch:
