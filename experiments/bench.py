@@ -169,7 +169,7 @@ def timed(name: str, users: int, requests: int, tight: bool, repeat: int) -> Run
         cpu, wall = time.process_time(), time.perf_counter()
         output = replicate(config, shared, experts, 0)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        table = output.requests
+        table = output.table
         run = Run(
             name,
             users,
