@@ -39,9 +39,9 @@ class SentenceEmbedding(Features):
     needed in service: `transform` of one text does not write).
     """
 
-    # 13 ms for eight words to 59 ms at 256 tokens, PyTorch on one 2.5 GHz core.
-    base_s = 12e-3
-    per_char_s = 43e-6
+    # `ersim-route time`: CPU time of one 2.5 GHz core while the other one was busy too.
+    base_s = 17.8e-3
+    per_char_s = 152e-6
     max_chars = 1_100
 
     def __init__(self, cache: str | None = None) -> None:
