@@ -21,7 +21,9 @@ from ersim.prepare import Preparations
 from ersim.results import Gaps, RequestTable, Window, combine, mean_is_known, steady_window
 from ersim.results.records import COMPLETED
 from ersim.steptime import ExpertModel
+from ersim.steptime.evaluate import PreparedStepTime, SharedStepTime
 from ersim.system import RunOutput, System
+from ersim.types import StepTime
 from ersim.util.files import write_atomically, write_json
 from ersim.workload import build_workload
 
@@ -121,7 +123,7 @@ def replicate(
     system = System(
         config,
         experts,
-        [expert.step_time(_draw(seed, 5, sample)) for expert in experts],
+        _step_times(experts, seed, sample),
         prompts.prompts,
         workload,
         deepcopy(routing.policy),  # policies with a memory start every replication afresh
@@ -136,6 +138,18 @@ def replicate(
     if not (output.table["status"] == COMPLETED).any():
         raise SimulationError(_nothing_finished(output))
     return output
+
+
+def _step_times(experts: Sequence[ExpertModel], seed: int, sample: bool) -> list[StepTime]:
+    """Each expert's step time; equal experts draw equal coefficients and share their tables."""
+    made: dict[int, PreparedStepTime] = {}
+    times: list[StepTime] = []
+    for expert in experts:
+        known = made.get(id(expert))
+        one = expert.step_time(_draw(seed, 5, sample)) if known is None else SharedStepTime(known)
+        made.setdefault(id(expert), one)
+        times.append(one)
+    return times
 
 
 def _samples(config: SimulationConfig) -> bool:

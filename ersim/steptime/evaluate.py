@@ -49,47 +49,50 @@ def padded_tokens(limit: int, sizes: Sequence[int]) -> FloatArray:
     return np.where((tokens > 0) & (tokens <= grid[-1]), grid[index], tokens).astype(float)
 
 
+_STATE = (
+    "_chunk_grid",
+    "_chunk_rows",
+    "_context_grid",
+    "_decode",
+    "_decode_context_s",
+    "_grid",
+    "_has_host",
+    "_has_mixed",
+    "_host_decode",
+    "_host_mixed",
+    "_host_prefill",
+    "_host_sampled",
+    "_host_tokens",
+    "_max_context",
+    "_max_tokens",
+    "_mixed",
+    "_mixed_seq",
+    "_mixed_skew",
+    "_mixed_tile",
+    "_mixed_token",
+    "_pairs_s",
+    "_prefill_context_s",
+    "_prefill_row",
+    "_prefix_grid",
+    "_rows",
+    "_sampled",
+    "_shared",
+    "_skew",
+    "_skew_tokens_s",
+    "_slopes",
+    "_tokens",
+    "_values",
+    "beyond",
+)
+
+
 class PreparedStepTime:
     """Seconds per step from one set of coefficients.
 
     beyond: how many evaluations lay outside the calibration's range, by key of RANGE_KEYS.
     """
 
-    __slots__ = (
-        "_chunk_grid",
-        "_chunk_rows",
-        "_context_grid",
-        "_decode",
-        "_decode_context_s",
-        "_grid",
-        "_has_host",
-        "_has_mixed",
-        "_host_decode",
-        "_host_mixed",
-        "_host_prefill",
-        "_host_sampled",
-        "_host_tokens",
-        "_max_context",
-        "_max_tokens",
-        "_mixed",
-        "_mixed_seq",
-        "_mixed_skew",
-        "_mixed_tile",
-        "_mixed_token",
-        "_pairs_s",
-        "_prefill_context_s",
-        "_prefill_row",
-        "_prefix_grid",
-        "_rows",
-        "_sampled",
-        "_shared",
-        "_skew",
-        "_skew_tokens_s",
-        "_slopes",
-        "_tokens",
-        "_values",
-        "beyond",
-    )
+    __slots__ = _STATE
 
     def __init__(
         self,
@@ -304,6 +307,21 @@ class PreparedStepTime:
 
     def _count(self, key: str, times: int = 1) -> None:
         self.beyond[key] = self.beyond.get(key, 0) + times
+
+
+class SharedStepTime(PreparedStepTime):
+    """The step time of another expert that is equal to one at hand, which draws the same coefficients.
+
+    It shares the tables, a megabyte that then stays in the processor's caches, and has a `beyond` of its own.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, other: PreparedStepTime) -> None:
+        for name in _STATE:
+            if hasattr(other, name):
+                setattr(self, name, getattr(other, name))
+        self.beyond = {}
 
 
 def _decode_table(term: Mapping[str, Any], fp8_kv: bool) -> Any:

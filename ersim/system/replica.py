@@ -96,7 +96,7 @@ class Replica(Turn):
         self._agenda: Agenda = env.agenda
         self._config = config
         self._engine = Engine(config)
-        self._prepared = step_time if type(step_time) is PreparedStepTime else None
+        self._prepared = step_time if isinstance(step_time, PreparedStepTime) else None
         self._step_s = step_time.step_s
         self._decode_run_s = step_time.decode_run_s
         self._noise_chunks = step_noise

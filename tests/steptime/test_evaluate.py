@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ersim.config import EngineSettings, ExpertConfig
 from ersim.steptime import build_expert_model
-from ersim.steptime.evaluate import graph_sizes, padded_tokens
+from ersim.steptime.evaluate import SharedStepTime, graph_sizes, padded_tokens
 from ersim.types import Batch
 
 EXPERTS = {
@@ -137,3 +137,13 @@ def _cpu_s(time_of, batch) -> float:
     for _ in range(3000):
         time_of.step_s(batch)
     return time.process_time() - start
+
+
+def test_a_shared_step_time_is_equal_and_counts_its_own_excursions():
+    first = MODELS["tables"].step_time(None)
+    second = SharedStepTime(first)
+    longer = _decode(8, 8 * 10**6, 10**6)
+    assert second.step_s(longer) == first.step_s(longer) == SharedStepTime(second).step_s(longer)
+    assert second.decode_run_s(8, 8000, 1000, 5).tolist() == first.decode_run_s(8, 8000, 1000, 5).tolist()
+    assert first.beyond == second.beyond == {"context_tokens": 1}
+    assert first.beyond is not second.beyond
