@@ -1,7 +1,8 @@
 """Hydra made quick to start: YAML is read and written by libyaml, and a run is composed once.
 
 Hydra composes every configuration twice, once only to learn whether it is a sweep, and OmegaConf
-reads YAML in pure Python: together more than half a second before a run begins. Nothing else of
+reads YAML in pure Python: together more than half a second before a run begins. Its help copies the
+whole repository for every group. Nothing else of
 either changes; what they do not offer in this form (another version, PyYAML without libyaml)
 stays as it is.
 """
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 from hydra._internal import hydra as hydra_core
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, _utils, omegaconf
@@ -52,6 +54,22 @@ class SingleComposition(ConfigLoaderImpl):
             found.hydra.mode = RunMode.RUN
             found.hydra.overrides.hydra.append(RUN_MODE)
         return found
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        """Options of a group; without overrides the repository is asked as it is, not a copy of it.
+
+        `--help` asks 168 times, and each copy takes 10 ms.
+        """
+        if config_name is None and not overrides:
+            options: list[str] = self.repository.get_group_options(group_name, results_filter)
+            return options
+        return super().get_group_options(group_name, results_filter, config_name, overrides)
 
     def _composed(self, *arguments: Any) -> DictConfig:
         """What Hydra composes; a file that is no YAML is one message that names file and line."""

@@ -67,10 +67,13 @@ class Progress:
             print(f"[{self._done}/{len(self._weights)}] {label}: {state}, {self._left()}", file=sys.stderr)
 
     def _left(self) -> str:
-        if self._done_weight == 0:
+        """Time left, from the smaller share done by weight or by number: a few users cost a job as much
+        as many do, so heavy jobs that come first say too little about the light ones."""
+        share = min(self._done_weight / self._total, self._done / len(self._weights))
+        if share == 0:
             return ""
         elapsed = time.perf_counter() - self._began_s
-        return f"about {elapsed * (self._total / self._done_weight - 1):.0f} s left"
+        return f"about {elapsed * (1 / share - 1):.0f} s left"
 
     def _show(self) -> None:
         count = f"{self._done}/{len(self._weights)}"

@@ -77,15 +77,31 @@ class RequestTable:
         return pd.DataFrame(self.columns)
 
     def write_parquet(self, path: Path) -> None:
-        """Write the rows; columns of names and messages are strings even where all are missing."""
+        """Write the rows; columns of names and messages are strings even where all are missing.
+
+        `pa.array` would import pandas to see whether it is given its objects: hence the buffers.
+        """
         import pyarrow as pa
         from pyarrow import parquet
 
-        arrays = {}
+        arrays = []
         for name, kind in REQUEST_COLUMNS.items():
-            arrow = pa.string() if kind == "object" else pa.from_numpy_dtype(kind)
-            arrays[name] = pa.array(self.columns[name], type=arrow)
-        parquet.write_table(pa.table(arrays), path)
+            if kind == "object":
+                buffers, arrow = _string_buffers(self.columns[name]), pa.string()
+            else:
+                values = np.ascontiguousarray(self.columns[name], dtype=kind)
+                buffers, arrow = [None, values], pa.from_numpy_dtype(kind)
+            wrapped = [None if buffer is None else pa.py_buffer(buffer) for buffer in buffers]
+            arrays.append(pa.Array.from_buffers(arrow, len(self), wrapped))
+        parquet.write_table(pa.Table.from_arrays(arrays, names=list(REQUEST_COLUMNS)), path)
+
+
+def _string_buffers(values: npt.NDArray[Any]) -> list[Any]:
+    """Arrow's buffers of a string column: which are there (a bit each), where each begins, all bytes."""
+    texts = [None if value is None else str(value).encode() for value in values.tolist()]
+    there = np.packbits([text is not None for text in texts], bitorder="little")
+    ends = np.cumsum([0, *(len(text or b"") for text in texts)], dtype=np.int32)
+    return [there, ends, b"".join(text or b"" for text in texts)]
 
 
 @dataclass(frozen=True, slots=True)
