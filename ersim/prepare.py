@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from ersim.config import ExpertConfig, FleetConfig, PromptSetConfig, RouterConfig, SimulationConfig
 from ersim.routing import Policy, build_policy, split_prompts
@@ -105,6 +106,12 @@ def token_prices_usd(expert: ExpertModel) -> tuple[float | None, float | None]:
 
 
 def _fit(router: RouterConfig, states: Sequence[ExpertState], prompts: PromptSet, seed: int) -> Routing:
+    """Fit on one thread: more of them add up in another order, and a prompt near a border changes sides."""
+    with threadpool_limits(limits=1):
+        return _fitted(router, states, prompts, seed)
+
+
+def _fitted(router: RouterConfig, states: Sequence[ExpertState], prompts: PromptSet, seed: int) -> Routing:
     train, ask = split_prompts(prompts.prompts, router.train_fraction, seed)
     training = [prompts.prompts[index] for index in train]
     policy = build_policy(router, states, training, seed)
