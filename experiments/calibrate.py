@@ -241,6 +241,8 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
     wanted = list(combinations(config))
     if config.out and len(wanted) != 1:
         raise ConfigError(f"out names one file but {len(wanted)} calibrations are asked for; leave it away")
+    if config.out and Path(config.out).is_dir():
+        raise bad_value("out", "a file to write, not a folder", config.out)
     for gpu, model, precision, tp in wanted:
         calibration = build(config, gpu, model, precision, tp)
         target = CALIBRATION_DIR / gpu / file_name(model, precision, tp, calibration.source)

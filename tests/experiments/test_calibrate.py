@@ -77,6 +77,7 @@ def test_all_leaves_out_what_does_not_fit():
         ({"precision": "fp7"}, ConfigError, "precision must be one of"),
         ({"model": "llama3.1-70b"}, DoesNotFitError, "GB short on each GPU"),
         ({"source": "roofline", "tp": "all", "out": "x.json"}, ConfigError, "out names one file"),
+        ({"source": "roofline", "out": "."}, ConfigError, "out must be a file to write"),
         ({"show": "nothing"}, ConfigError, "show.calibration must be one of"),
     ],
 )
