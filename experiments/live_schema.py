@@ -37,18 +37,18 @@ from testbed.plan import ProfilePlan
 class LiveConfig:
     """A live job.
 
-    users: the loads, one run each. seconds: length of a run, warmup_s of them are not counted.
-    repeats: runs per load (medians are compared). replications: simulations per load. name: the
-    study's name. folder: where calibrations and runs are written and read. measure false: nothing is
+    users: the loads. seconds: length of a run, warmup_s of them are not counted. repeats: runs per
+    load, each with its own requests; they are judged together. replications: simulations per load.
+    name: the study's name. folder: where calibrations and runs are written and read. measure false: nothing is
     started, the runs that lie in `folder` are simulated again. install: copy a profile's
     calibrations to conf/calibration, where `calibration=auto` finds them.
     """
 
     name: str = "live"
     users: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    seconds: float = 60.0
-    warmup_s: float = 6.0
-    repeats: int = 1
+    seconds: float = 28.0
+    warmup_s: float = 5.0
+    repeats: int = 3
     replications: int = 8
     folder: Optional[str] = None
     install: bool = False

@@ -37,9 +37,9 @@ from experiments.live_schema import (
     to_live,
 )
 from experiments.paths import conf_dir
-from testbed.contention import fit_contention
+from testbed.contention import Contention, fit_contention
 from testbed.fleet import LiveFleet
-from testbed.fleet_calibration import FleetCalibration, measure_gateway, with_calibrations
+from testbed.fleet_calibration import FleetCalibration, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.gateway.process import GatewayProcess
 from testbed.host_speed import slowness
@@ -49,6 +49,7 @@ from testbed.plan import check_plan
 from testbed.power import PowerSampler
 from testbed.profiling import Profiler, ProfileRun, fit, profile_steps
 from testbed.step_log import read_step_log
+from testbed.waits import extra_waits, gateway_medians, ways_s
 
 
 def profile(job: LiveConfig) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def profile(job: LiveConfig) -> dict[str, Any]:
         "fleet": job.fleet.name,
         "folder": str(folder),
         "experts": {name: summary(item) for name, item in calibrations.items()},
-        "contention": {name: dataclasses.asdict(item) for name, item in known.contention.items()},
+        "contention": {name: contention_summary(item) for name, item in known.contention.items()},
         "gateway": known.gateway,
         "seconds": round(time.monotonic() - began_s, 1),
     }
@@ -147,15 +148,16 @@ def _together(
         model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
         others = {other: log for other, log in logs.items() if other != name}
         slow = slowness(logs[name], calibration.provenance.get("probe_s"))
-        contention[name] = fit_contention(logs[name], model.step_time(), others, slow)
-    records = [record for run in runs for record in run.load.records]
+        contention[name] = fit_contention(logs[name], model.step_time(), others, slow, job.seed)
+    ways = ways_s([record for run in runs for record in run.load.records], runs[-1].access, logs)
     known = FleetCalibration(
         fleet=job.fleet.name,
         calibrations={name: f"{name}.json" for name in calibrations},
         contention=contention,
-        gateway=measure_gateway(records, runs[-1].access, logs),
+        gateway=gateway_medians(ways),
         users=list(job.plan.mixed_users),
         vllm_version=str(next(iter(logs.values())).meta["vllm_version"]),
+        waits=extra_waits(ways),
     )
     save_fleet(known, folder)
     return known
@@ -165,6 +167,12 @@ def calibrated_fleet(fleet: FleetConfig, calibrations: dict[str, Calibration], f
     """The fleet with the calibration files just written."""
     files = {name: f"{name}.json" for name in calibrations}
     return with_calibrations(fleet, FleetCalibration(fleet.name, files, {}, {}), folder)
+
+
+def contention_summary(item: Contention) -> dict[str, Any]:
+    """The fitted figures, without refits and scatter."""
+    whole = dataclasses.asdict(item)
+    return {name: whole[name] for name in ("base", "slowdowns", "row_s", "request_s")}
 
 
 def held_out_words(fit: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from ersim.config import SimulationConfig
 from ersim.errors import ConfigError, DataError, bad_value
 from ersim.prepare import Preparations
-from ersim.results import Gaps, Window
+from ersim.results import Window
 from ersim.results.compare import VALIDATED, compare
 from ersim.util.files import to_json, write_atomically, write_json
 from experiments.live_schema import (
@@ -45,8 +45,9 @@ from testbed.fleet_calibration import load as load_fleet
 from testbed.gateway.process import GatewayProcess
 from testbed.host_speed import SpeedTrace
 from testbed.live_run import LiveRun, check_answered, gateway_settings, level_config, run_level
-from testbed.measured import measured_summary
-from testbed.measured_run import read_power, read_run, read_speed, write_power, write_run
+from testbed.measured import power_figures
+from testbed.measured_run import read_power, read_run, read_span_s, read_speed, write_power, write_run
+from testbed.pooled import Run, answered, pooled_figures
 from testbed.power import PowerLog, PowerSampler
 from testbed.predict import predicted_summary, shares
 from testbed.replay import replay
@@ -107,7 +108,7 @@ def _replays(folder: Path) -> dict[str, Any]:
 def _measure(
     job: LiveConfig, base: SimulationConfig, shared: Preparations, known: FleetCalibration, folder: Path
 ) -> None:
-    """All loads, `repeats` times each, on one fleet and one gateway, into runs/u<users>r<repeat>/."""
+    """All loads, then all again, on one fleet and one gateway, into runs/u<users>r<repeat>/."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
     with LiveFleet(base.fleet, folder / "runs", say) as live:
         settings = gateway_settings(base, shared, live, folder / "runs")
@@ -118,14 +119,14 @@ def _measure(
                     say(f"live: {users} users for {job.seconds:g} s")
                     level = level_config(base, users, job.seconds)
                     tag = f"u{users}r{repeat}"
-                    run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag)
+                    run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag, repeat)
                     check_answered(run)
                     _check_version(run, known)
-                    write_run(run, level, folder / "runs" / tag, probes_s)
+                    write_run(run, level, folder / "runs" / tag, probes_s, repeat)
     write_power(power.log, folder / "runs")
 
 
-def _stored_runs(job: LiveConfig, folder: Path) -> dict[tuple[int, int], tuple[pd.DataFrame, Gaps]]:
+def _stored_runs(job: LiveConfig, folder: Path) -> dict[tuple[int, int], Run]:
     """The measured runs, by (users, repeat)."""
     keys = [(users, repeat) for repeat in range(job.repeats) for users in job.users]
     return {key: read_run(folder / "runs" / f"u{key[0]}r{key[1]}") for key in keys}
@@ -158,7 +159,7 @@ def _compare(
     base: SimulationConfig,
     shared: Preparations,
     known: FleetCalibration,
-    runs: Mapping[tuple[int, int], tuple[pd.DataFrame, Gaps]],
+    runs: Mapping[tuple[int, int], Run],
     power: PowerLog,
     folder: Path,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -167,15 +168,16 @@ def _compare(
     rows: list[dict[str, Any]] = []
     summaries: dict[str, Any] = {}
     for users in job.users:
-        measured = [
-            measured_summary(frame, gaps, window, base.objective, power)
-            for (level, _), (frame, gaps) in runs.items()
-            if level == users
-        ]
+        repeats = [runs[users, repeat] for repeat in range(job.repeats)]
+        judged = [answered(run, window) for run in repeats]
+        measured = pooled_figures(repeats, window, judged, base.objective)
+        spans = [read_span_s(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
+        tokens = int(sum(frame["output_tokens"].sum() for frame, _ in repeats))
+        measured["power"] = power_figures([power.between(*span) for span in spans], tokens)
         say(f"simulating {users} users")
         level = level_config(base, users, job.seconds)
         speeds = _speeds(job, folder, users)
-        told, _ = predicted_summary(level, shared, known, window, job.replications, speeds)
+        told = predicted_summary(level, shared, known, window, job.replications, judged, speeds)
         speed = [{name: trace.median for name, trace in one.items()} for one in speeds]
         rows += _rows(users, measured, told, list(base.fleet.experts))
         summaries[str(users)] = {"measured": measured, "predicted": told, "host_slowness": speed}
@@ -203,18 +205,13 @@ def _speeds(job: LiveConfig, folder: Path, users: int) -> list[dict[str, SpeedTr
 
 
 def _rows(
-    users: int, measured: Sequence[dict[str, Any]], told: dict[str, Any], experts: Sequence[str]
+    users: int, measured: dict[str, Any], told: dict[str, Any], experts: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Median of the repeats against the prediction, metric by metric, then the share per expert."""
-    typical = {
-        metric: float(np.median([one[metric] for one in measured]))
-        for metric in METRICS
-        if all(one.get(metric) is not None for one in measured)
-    }
-    rows = [{"users": users, **dataclasses.asdict(row)} for row in compare(typical, told, METRICS)]
-    predicted = shares(told, experts)
+    """Measured against predicted, metric by metric, then the share per expert."""
+    rows = [{"users": users, **dataclasses.asdict(row)} for row in compare(measured, told, METRICS)]
+    found, predicted = shares(measured, experts), shares(told, experts)
     for name in experts:
-        real = float(np.median([shares(one, [name])[name] for one in measured]))
+        real = found[name]
         error = predicted[name] / real - 1 if real else float("nan")
         rows.append(
             {"users": users, "metric": f"share_{name}", "measured": real, "predicted": predicted[name],

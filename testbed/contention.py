@@ -9,12 +9,15 @@ core of their own. Here what busy neighbours add is fitted to steps recorded und
 
 row_s is the front ends', the gateway's and the client's work for one token, as far as it pushes the
 engine off its core; request_s the same for a new request. Slowness is the host's (`host_speed`).
+
+The doubt of the fit is that of its moments: the same fit to blocks of a few seconds, drawn with
+replacement. What single steps do beyond the fit is kept as it came (`step_scatter`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +26,13 @@ from scipy.optimize import nnls
 from ersim.types import Batch, ReplicaState, StepTime
 from testbed.host_speed import SpeedTrace
 from testbed.step_log import StepLog
+from testbed.step_scatter import ScatterPlayer, StepScatter, measure_scatter
 
 FloatArray = npt.NDArray[np.float64]
 OUTLIER_RATIO = 5.0
 MIN_STEPS = 50
+BLOCK_S = 4.0  # longer than what disturbs consecutive steps, short enough for a dozen blocks
+REFITS = 40
 
 
 def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> FloatArray:
@@ -52,20 +58,38 @@ def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> Floa
 
 @dataclass(frozen=True)
 class Contention:
-    """What common load adds to one expert's steps, see this module's head; seconds and factors."""
+    """What common load adds to one expert's steps, see this module's head; seconds and factors.
+
+    refits: the same fit to resampled blocks, each [base, slowdowns in order, row_s, request_s].
+    scatter: of single steps under common load.
+    """
 
     base: float = 1.0
     slowdowns: Mapping[str, float] = field(default_factory=dict)
     row_s: float = 0.0
     request_s: float = 0.0
+    refits: Sequence[Sequence[float]] = ()
+    scatter: StepScatter = field(default_factory=StepScatter)
+
+    def drawn(self, rng: np.random.Generator) -> Contention:
+        """One of the refits in place of the fit; the fit itself when there are none."""
+        if not self.refits:
+            return self
+        base, *slowdowns, row_s, request_s = self.refits[int(rng.integers(len(self.refits)))]
+        named = dict(zip(self.slowdowns, slowdowns, strict=True))
+        return replace(self, base=base, slowdowns=named, row_s=row_s, request_s=request_s)
 
 
 def fit_contention(
-    log: StepLog, alone: StepTime, others: Mapping[str, StepLog], slow: FloatArray | None = None
+    log: StepLog,
+    alone: StepTime,
+    others: Mapping[str, StepLog],
+    slow: FloatArray | None = None,
+    seed: int = 0,
 ) -> Contention:
     """Contention of one expert, from steps under common load; too few steps give none.
 
-    slow: slowness of the host during each step, shape (steps,); None is 1.
+    slow: slowness of the host during each step, shape (steps,); None is 1. seed: of the refits.
     """
     names = list(others)
     if len(log.steps) < MIN_STEPS:
@@ -75,15 +99,45 @@ def fit_contention(
     batches = [step.batch() for step in log.steps]
     told = np.array([alone.step_s(batch) for batch in batches])
     shares = [busy_share(ends - periods, ends, others[name]) for name in names]
+    matrix = _terms(told, shares, batches)
+    keep = measured < OUTLIER_RATIO * np.median(measured / told) * told
+    weight = np.where(
+        keep, 1.0 / np.sqrt(told), 0.0
+    )  # between single steps (1/told) and sums (1)
+    weighted, wanted = matrix * weight[:, None], measured * weight
+    solution = nnls(weighted, wanted)[0]
+    base, *slowdowns, row_s, request_s = solution.tolist()
+    return Contention(
+        base,
+        dict(zip(names, slowdowns, strict=True)),
+        row_s,
+        request_s,
+        _refits(weighted, wanted, ends, np.random.default_rng(seed)),
+        measure_scatter(measured, matrix @ solution, batches, keep),
+    )
+
+
+def _terms(told: FloatArray, shares: Sequence[FloatArray], batches: Sequence[Batch]) -> FloatArray:
+    """The fit's columns, shape (steps, 3 + other experts)."""
     busy = np.clip(np.sum(shares, axis=0), 0.0, 1.0) if shares else np.zeros(len(told))
     rows = np.array([batch.sampled_seqs for batch in batches])
     chunks = np.array([len(batch.prefills) for batch in batches])
-    matrix = np.stack([told, *(told * share for share in shares), busy * rows, busy * chunks], axis=1)
-    keep = measured < OUTLIER_RATIO * np.median(measured / told) * told
-    weight = 1.0 / np.sqrt(told[keep])  # between single steps (1/told) and the sum of times (1)
-    solution, _ = nnls(matrix[keep] * weight[:, None], measured[keep] * weight)
-    base, *slowdowns, row_s, request_s = (float(value) for value in solution)
-    return Contention(base, dict(zip(names, slowdowns, strict=True)), row_s, request_s)
+    return np.stack([told, *(told * share for share in shares), busy * rows, busy * chunks], axis=1)
+
+
+def _refits(
+    matrix: FloatArray, wanted: FloatArray, ends_s: FloatArray, rng: np.random.Generator
+) -> list[list[float]]:
+    """Fits to blocks of `BLOCK_S` seconds drawn with replacement; none below three blocks."""
+    block = ((ends_s - ends_s[0]) / BLOCK_S).astype(int)
+    members = [np.flatnonzero(block == one) for one in np.unique(block)]
+    if len(members) < 3:
+        return []
+    found = []
+    for _ in range(REFITS):
+        chosen = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        found.append([float(f"{value:.6g}") for value in nnls(matrix[chosen], wanted[chosen])[0]])
+    return found
 
 
 class ContendedStepTime:
@@ -99,8 +153,10 @@ class ContendedStepTime:
         contention: Contention,
         neighbours: Sequence[str],
         speed: SpeedTrace | None = None,
+        scatter: ScatterPlayer | None = None,
     ) -> None:
         self._alone = alone
+        self._scatter = scatter
         self._known = contention
         self._slowdowns = [contention.slowdowns.get(name, 0.0) for name in neighbours]
         self._speed = speed
@@ -128,10 +184,15 @@ class ContendedStepTime:
         seconds = self._alone.step_s(batch) * factor
         if busy:
             seconds += self._known.row_s * batch.sampled_seqs + self._known.request_s * len(batch.prefills)
+        if self._scatter is not None:
+            seconds *= self._scatter.factor(batch)
         return seconds * slow
 
     def decode_run_s(self, decode_seqs: int, context_tokens: int, context_max: int, steps: int) -> FloatArray:
         """Seconds of consecutive decode steps, all at the present contention and speed."""
         factor, slow, busy = self._now()
         alone = self._alone.decode_run_s(decode_seqs, context_tokens, context_max, steps)
-        return (alone * factor + (self._known.row_s * decode_seqs if busy else 0.0)) * slow
+        seconds = alone * factor + (self._known.row_s * decode_seqs if busy else 0.0)
+        if self._scatter is not None:
+            seconds = seconds * self._scatter.decode_factors(steps)
+        return seconds * slow

@@ -71,13 +71,13 @@ def gateway_settings(
 
 def run_level(
     config: SimulationConfig, shared: Preparations, live: LiveFleet, gateway: GatewaySettings, url: str,
-    seconds: float, tag: str,
+    seconds: float, tag: str, repeat: int = 0,
 ) -> LiveRun:  # fmt: skip
-    """`config.users` users for `seconds`."""
+    """`config.users` users for `seconds`; every repeat has requests of its own."""
     prompts = shared.prompt_set(config.workload.prompts).prompts
     tokens = PromptTokens(vocabulary(config.fleet), hash_seed(config.seed, tag))
     settings = LoadSettings(url, UNBOUNDED, max_duration_s=seconds)
-    workload = live_workload(config, shared)
+    workload = live_workload(config, shared, repeat)
     load = asyncio.run(run_load(workload, config.users, settings, prompts, tokens, tag))
     live.check_alive()
     assert gateway.access_log is not None

@@ -118,20 +118,22 @@ def measured_summary(
     )
     summary["per_expert"] = breakdown(frame, window, "expert")
     summary["per_domain"] = breakdown(frame, window, "domain")
-    summary["power"] = _power(frame, power, window)
+    tokens = int(frame.loc[frame["status"] == COMPLETED, "output_tokens"].sum())
+    summary["power"] = power_figures([power] if power is not None else [], tokens)
     return summary
 
 
-def _power(frame: pd.DataFrame, power: PowerLog | None, window: Window) -> dict[str, Any]:
-    if power is None or not power.rows:
-        return {"measured": False, "why": power.absent if power is not None else "not asked for"}
-    samples = power.frame()
-    joules = samples.groupby("gpu")["energy_j"].agg(lambda series: series.iloc[-1] - series.iloc[0]).sum()
-    tokens = int(frame.loc[frame["status"] == COMPLETED, "output_tokens"].sum())
+def power_figures(logs: Sequence[PowerLog], output_tokens: int) -> dict[str, Any]:
+    """Power and energy of one or more stretches in which so many tokens were answered."""
+    sampled = [log for log in logs if log.rows]
+    if not sampled:
+        return {"measured": False, "why": logs[0].absent if logs else "not asked for"}
+    frames = [log.frame().groupby("gpu") for log in sampled]
+    joules = sum(float((g["energy_j"].last() - g["energy_j"].first()).sum()) for g in frames)
     return {
         "measured": True,
-        "mean_w": float(samples.groupby("gpu")["power_w"].mean().sum()),
-        "joules": float(joules),
-        "joules_per_output_token": float(joules) / tokens if tokens else None,
-        "peak_memory_bytes": int(samples.groupby("gpu")["memory_bytes"].max().sum()),
+        "mean_w": float(np.mean([g["power_w"].mean().sum() for g in frames])),
+        "joules": joules,
+        "joules_per_output_token": joules / output_tokens if output_tokens else None,
+        "peak_memory_bytes": int(max(g["memory_bytes"].max().sum() for g in frames)),
     }

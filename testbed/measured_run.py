@@ -57,6 +57,17 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, Gaps]:
     return frame, gaps
 
 
+def read_span_s(folder: Path) -> tuple[float, float]:
+    """When a run began and ended, monotonic seconds of the machine that measured it."""
+    try:
+        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return float(stored["start_s"]), float(stored["end_s"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{folder / 'run.json'}: not the run.json of a measured run ({error!r}); measure it again"
+        ) from error
+
+
 def read_speed(folder: Path, servers: Sequence[str]) -> dict[str, SpeedTrace]:
     """How fast the host ran during a run, by server. Raises DataError when a file is missing or old."""
     traces = {}
@@ -93,11 +104,16 @@ def _parquet(frame: pd.DataFrame, path: Path) -> None:
 
 
 def write_run(
-    run: LiveRun, config: SimulationConfig, folder: Path, probes_s: Mapping[str, float | None]
+    run: LiveRun,
+    config: SimulationConfig,
+    folder: Path,
+    probes_s: Mapping[str, float | None],
+    repeat: int = 0,
 ) -> None:
     """Write requests.parquet, gaps.parquet, steps_<server>.parquet and run.json.
 
     probes_s: by server, what the speed probe took while its expert was profiled (see `host_speed`).
+    repeat: which requests of the configuration it sent (see `predict.live_workload`).
     """
     _parquet(run.requests, folder / "requests.parquet")
     gaps = {key: np.asarray(value) for key, value in dataclasses.asdict(run.gaps).items()}
@@ -109,7 +125,9 @@ def write_run(
         folder / "run.json",
         {
             "users": run.users,
-            "duration_s": run.load.end_s - run.load.start_s,
+            "repeat": repeat,
+            "start_s": run.load.start_s,
+            "end_s": run.load.end_s,
             "unfinished": run.load.unfinished,
             "engines": {name: dict(log.meta) for name, log in run.logs.items()},
             "config": dataclasses.asdict(config),

@@ -28,6 +28,10 @@ class PowerLog:
         """One row per sample and GPU; time is monotonic seconds."""
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
 
+    def between(self, start_s: float, end_s: float) -> PowerLog:
+        """The samples of an interval of monotonic seconds."""
+        return PowerLog([row for row in self.rows if start_s <= row[0] <= end_s], self.absent)
+
 
 class PowerSampler:
     """Context manager that samples in a thread; without NVML or GPU it only notes the reason."""

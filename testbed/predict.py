@@ -1,31 +1,42 @@
 """Simulates a live run: the same requests, the measured calibration, contention included.
 
 The requests are those of the live run in every replication (same workload seed); what varies is
-what we are unsure of: the coefficients and the noise of single steps.
+what we are unsure of: the coefficients of steps and of contention, what single steps do beyond them
+(`step_scatter`), and what requests wait for outside the engines (`waits`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 
 from ersim.config import SimulationConfig
 from ersim.prepare import Preparations
-from ersim.results import Window, breakdown, combine, summarise
+from ersim.results import Window, combine
 from ersim.system import RunOutput, System
 from ersim.types import StepTime
 from ersim.workload import Workload, build_workload
 from testbed.contention import ContendedStepTime, Contention
 from testbed.fleet_calibration import FleetCalibration
 from testbed.host_speed import SpeedTrace
+from testbed.pooled import IdArray, Run, pooled_figures
+from testbed.waits import add_waits
+
+ANOTHER_SEED = 104_729
+LONGER = 1.5  # simulated over measured seconds: a slower prediction still ends the requests it is judged on
 
 
-def live_workload(config: SimulationConfig, shared: Preparations) -> Workload:
-    """The workload object of a run; the live load and every replication make it anew from one seed."""
+def live_workload(config: SimulationConfig, shared: Preparations, repeat: int = 0) -> Workload:
+    """The workload object of a run; the live load and every replication make it anew from one seed.
+
+    Each repeat has a seed of its own, so that repeats are more requests and not the same ones again.
+    """
     prompts = shared.prompt_set(config.workload.prompts)
-    return build_workload(config.workload, prompts, config.users, config.seed, shared.routing(config).ask)
+    seed = config.seed + ANOTHER_SEED * repeat
+    return build_workload(config.workload, prompts, config.users, seed, shared.routing(config).ask)
 
 
 Speed = Mapping[str, SpeedTrace]  # by expert: how fast the host ran while its run was measured
@@ -35,21 +46,26 @@ def _step_times(
     config: SimulationConfig,
     shared: Preparations,
     known: FleetCalibration | None,
-    seed: int | None,
+    replication: int,
     speed: Speed,
+    repeat: int,
 ) -> list[StepTime]:
-    """One step time per expert; `seed` None takes the mean coefficients."""
+    """One step time per expert: coefficients by replication, scatter by replication and repeat."""
     times: list[StepTime] = []
     names = list(config.fleet.experts)
     for index, (name, expert) in enumerate(config.fleet.experts.items()):
         model = shared.expert(expert, f"fleet.experts.{name}")
-        alone = model.step_time(None if seed is None else np.random.default_rng([seed, 5, index]))
+        rng = np.random.default_rng([config.seed + replication, 5, index]) if replication else None
+        alone = model.step_time(rng)
         if known is None:
             times.append(alone)
             continue
         others = [other for other in names if other != name]
-        contention = known.contention.get(name, Contention())
-        times.append(ContendedStepTime(alone, contention, others, speed.get(name)))
+        fitted = known.contention.get(name, Contention())
+        contention = fitted if rng is None else fitted.drawn(rng)
+        moments = np.random.default_rng([config.seed + replication, 6, index, repeat])
+        player = fitted.scatter.player(moments) if config.uncertainty.step_noise else None
+        times.append(ContendedStepTime(alone, contention, others, speed.get(name), player))
     return times
 
 
@@ -59,18 +75,20 @@ def predict_once(
     known: FleetCalibration | None,
     replication: int,
     speed: Speed | None = None,
+    repeat: int = 0,
 ) -> RunOutput:
     """One replication; number 0 has the mean coefficients, later ones draw them. No speed: slowness 1."""
     routing = shared.routing(config)
-    seed = None if replication == 0 else config.seed + replication
-    times = _step_times(config, shared, known, seed, speed or {})
+    times = _step_times(config, shared, known, replication, speed or {}, repeat)
+    if known is not None:  # which brings its own scatter of steps
+        config = replace(config, uncertainty=replace(config.uncertainty, step_noise=False))
     experts = [shared.expert(e, f"fleet.experts.{n}") for n, e in config.fleet.experts.items()]
     system = System(
         config,
         experts,
         times,
         shared.prompt_set(config.workload.prompts).prompts,
-        live_workload(config, shared),
+        live_workload(config, shared, repeat),
         deepcopy(routing.policy),
         None if config.faults else routing.known,
         config.seed + 7919 * replication,
@@ -86,38 +104,38 @@ def predict_once(
 def predicted_summary(
     config: SimulationConfig,
     shared: Preparations,
-    known: FleetCalibration | None,
+    known: FleetCalibration,
     window: Window,
     replications: int,
-    speeds: Sequence[Speed] = ({},),
-) -> tuple[dict[str, object], RunOutput]:
-    """Combined figures over the live run's own window, and the first replication's output.
+    judged: Sequence[IdArray],
+    speeds: Sequence[Speed],
+) -> dict[str, object]:
+    """Combined figures of a load over the live runs' own windows and requests.
 
-    speeds: one for each repeat of the live run; replications take them in turn.
+    judged: ids of the requests that latencies are taken from, by repeat (see `pooled`). speeds: how
+    fast the host ran, by repeat.
     """
-    outputs = [
-        predict_once(config, shared, known, number, speeds[number % len(speeds)])
-        for number in range(max(replications, len(speeds)))
-    ]
-    summaries = [_figures(config, output, window) for output in outputs]
-    return combine(summaries, config.uncertainty.level), outputs[0]
+    workload = replace(config.workload, max_duration_s=LONGER * window.end_s)
+    config = replace(config, workload=workload)
+    summaries = []
+    for number in range(replications):
+        rng = np.random.default_rng([config.seed + number, 7])
+        runs = [
+            _seen_by_clients(predict_once(config, shared, known, number, speed, repeat), config, known, rng)
+            for repeat, speed in enumerate(speeds)
+        ]
+        summaries.append(pooled_figures(runs, window, judged, config.objective))
+    return combine(summaries, config.uncertainty.level)
 
 
-def _figures(config: SimulationConfig, output: RunOutput, window: Window) -> dict[str, object]:
-    """The live run's figures. Measured gateway time ends where the expert's front end begins, so the
-    time that stands for those front ends (backend_network_s, both ways) is not counted as gateway."""
-    requests = output.requests.assign(
-        gateway_s=output.requests["gateway_s"] - 2 * config.gateway.backend_network_s
-    )
-    summary = summarise(
-        requests,
-        output.gaps,
-        window,
-        ttft_objective_s=config.objective.ttft_s,
-        tpot_objective_s=config.objective.tpot_s,
-    )
-    summary["per_expert"] = breakdown(requests, window, "expert")
-    return summary
+def _seen_by_clients(
+    output: RunOutput, config: SimulationConfig, known: FleetCalibration, rng: np.random.Generator
+) -> Run:
+    """Requests and gaps with recorded waits. Measured gateway time ends where the expert's front end begins,
+    so the time that stands for those front ends (backend_network_s, both ways) is not counted as gateway."""
+    frame = output.requests
+    frame = frame.assign(gateway_s=frame["gateway_s"] - 2 * config.gateway.backend_network_s)
+    return add_waits(frame, known.waits, rng), output.gaps
 
 
 def shares(summary: dict[str, object], experts: Sequence[str]) -> dict[str, float]:

@@ -17,12 +17,14 @@ from experiments.live_schema import LiveConfig, list_overrides
 from experiments.validate import check_loads
 from testbed.contention import Contention
 from testbed.fleet_calibration import FleetCalibration, load, save, with_calibrations
+from testbed.step_scatter import StepScatter
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = FleetCalibration(
-    "f", {"a": "a.json"}, {"a": Contention(1.05, {"b": 0.1}, 0.001, 0.002)},
+    "f", {"a": "a.json"},
+    {"a": Contention(1.05, {"b": 0.1}, 0.001, 0.002, [[1.0, 0.2, 0.0, 0.0]], StepScatter([0.9, 1.1], [1.0]))},
     {"network_s": 0.001, "base_s": 0.0002, "routing_s": 0.0004, "backend_network_s": 0.003},
-    [3, 6], "0.32.0",
+    [3, 6], "0.32.0", [[0.001, 0.0, 0.001]],
 )  # fmt: skip
 
 

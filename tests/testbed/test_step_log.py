@@ -6,7 +6,6 @@ weights in int8, closed loops and designed batches, prefix caching on.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -14,9 +13,6 @@ import numpy as np
 import pytest
 
 from ersim.errors import DataError
-from ersim.types import Batch
-from testbed.contention import ContendedStepTime, Contention, busy_share, fit_contention
-from testbed.host_speed import SpeedTrace
 from testbed.replay import replay
 from testbed.step_log import LoggedStep, StepLog, StepRow, periods_s, read_step_log
 
@@ -106,72 +102,3 @@ def test_a_restarted_server_counts_anew(tmp_path: Path) -> None:
     twice = tmp_path / "twice.jsonl"
     twice.write_text(RECORDED.read_text() * 2)
     assert len(read_step_log(twice).steps) == len(read_step_log(RECORDED).steps)
-
-
-class Steady:
-    """A step time of 10 ms a row."""
-
-    def step_s(self, batch: Batch) -> float:
-        return 0.01 * batch.decode_seqs
-
-    def decode_run_s(self, decode_seqs: int, context_tokens: int, context_max: int, steps: int) -> np.ndarray:
-        return np.full(steps, 0.01 * decode_seqs)
-
-
-class Affine(Steady):
-    """20 ms and 1 ms a row: a factor on it and a cost per row can be told apart."""
-
-    def step_s(self, batch: Batch) -> float:
-        return 0.02 + 0.001 * batch.decode_seqs
-
-
-def test_busy_share_is_the_overlap_with_the_neighbours_steps() -> None:
-    other = StepLog({"async_scheduling": False}, [step(0, 1.0, 1.5), step(5, 3.0, 4.0)], {})
-    starts, ends = np.array([0.0, 1.25, 1.4, 2.0, 2.5]), np.array([0.9, 1.5, 1.6, 2.5, 3.5])
-    np.testing.assert_allclose(busy_share(starts, ends, other), [0, 1, 0.5, 0, 0.5], atol=1e-9)
-
-
-def test_contention_by_a_neighbour_is_recovered() -> None:
-    """10 % base cost; while the neighbour runs 30 % more and 2 ms for each row."""
-    mine, theirs, clock = [], [], 0.0
-    for number in range(800):
-        busy, rows = (number // 20) % 2 == 1, 1 + (number // 40) % 4
-        length = (0.02 + 0.001 * rows) * (1.1 + 0.3 * busy) + 0.002 * rows * busy
-        mine.append(step(number, clock, clock + length, decode=rows))
-        if busy:
-            theirs.append(step(number, clock, clock + length))
-        clock += length
-    meta = {"async_scheduling": False}
-    log, other = StepLog(meta, mine, {}), StepLog(meta, theirs, {})
-    found = fit_contention(log, Affine(), {"b": other})
-    assert found.base == pytest.approx(1.1, abs=0.01)
-    assert found.slowdowns["b"] == pytest.approx(0.3, abs=0.02)
-    assert found.row_s == pytest.approx(0.002, rel=0.1)
-    doubled = [dataclasses.replace(s, schedule_s=2 * s.schedule_s, updated_s=2 * s.updated_s) for s in mine]
-    slow = np.full(len(mine), 2.0)
-    same = fit_contention(StepLog(meta, doubled, {}), Affine(), {"b": StepLog(meta, [], {})}, slow)
-    alone = fit_contention(log, Affine(), {"b": StepLog(meta, [], {})})
-    assert same.base == pytest.approx(alone.base, rel=0.02), "a host at half its speed is no contention"
-
-
-def test_too_few_steps_tell_no_contention() -> None:
-    few = StepLog({"async_scheduling": False}, [step(0, 0.0, 0.1)], {})
-    assert fit_contention(few, Affine(), {"b": few}) == Contention(slowdowns={"b": 0.0})
-
-
-def test_contended_steps_cost_more_only_while_the_neighbour_runs() -> None:
-    class Neighbour:
-        running, waiting, kv_used_fraction, healthy = 0, 0, 0.0, True
-
-    neighbour, now = Neighbour(), [0.0]
-    contention = Contention(1.1, {"b": 0.3}, row_s=0.001, request_s=0.005)
-    contended = ContendedStepTime(Steady(), contention, ["b"], SpeedTrace((1.0, 2.0)))
-    contended.watch([[neighbour]], lambda: now[0])
-    batch = Batch(2, 2, 20, 10, (), 2)
-    assert contended.step_s(batch) == pytest.approx(0.022)
-    neighbour.running = 3
-    assert contended.step_s(batch) == pytest.approx(0.028 + 0.002)
-    assert contended.step_s(Batch(9, 2, 20, 10, [(7, 0)], 3)) == pytest.approx(0.028 + 0.003 + 0.005)
-    np.testing.assert_allclose(contended.decode_run_s(2, 20, 10, 3), [0.030] * 3)
-    now[0] = 7.0
-    assert contended.step_s(batch) == pytest.approx(0.060), "the host's slowness lasts"

@@ -1,0 +1,87 @@
+"""Repeats as one sample: rates over the same seconds, latencies of the same requests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ersim.config import ObjectiveConfig
+from ersim.results import REQUEST_COLUMNS, Gaps, Window
+from testbed.pooled import answered, pool, pooled_figures
+from testbed.waits import WAYS, add_waits, extra_waits, gateway_medians
+
+WINDOW = Window(1.0, 3.0, True)
+
+
+def run(ends_s: list[float], took_s: list[float], first_id: int = 0) -> tuple[pd.DataFrame, Gaps]:
+    """Requests of 3 tokens that end at `ends_s` after `took_s`, a third of it before the first token."""
+    ends, took = np.array(ends_s), np.array(took_s)
+    columns: dict[str, object] = {name: 0 for name in REQUEST_COLUMNS}
+    frame = pd.DataFrame(
+        {**columns, "request_id": np.arange(first_id, first_id + len(ends)), "domain": "d", "expert": "e",
+         "prompt_tokens": 10, "output_tokens": 3, "send_s": ends - took, "submit_s": ends - took,
+         "first_token_s": ends - took * 2 / 3, "last_token_s": ends, "status": "completed", "error": None,
+         "gateway_s": 0.002, "routing_s": 0.001}
+    )  # fmt: skip
+    return frame, Gaps(ends, took / 3, np.full(len(ends), 2), np.full(len(ends), 3))
+
+
+def test_repeats_follow_each_other_cut_to_their_windows() -> None:
+    sample = pool([run([0.5, 1.5, 3.0], [0.3, 0.3, 0.6]), run([1.0, 2.0], [0.3, 0.3])], WINDOW)
+    assert sample.requests["last_token_s"].tolist() == [0.5, 2.0, 3.0]
+    np.testing.assert_allclose(sample.gaps.end_s, [0.5, 2.0, 3.0])
+    assert (sample.window.start_s, sample.window.end_s) == (0.0, 4.0)
+    frame = sample.requests
+    np.testing.assert_allclose(frame["last_token_s"] - frame["send_s"], [0.3, 0.6, 0.3])
+
+
+def test_latencies_are_those_of_the_judged_requests_and_rates_of_the_window() -> None:
+    """A slower prediction ends one of the judged requests after the window: it still counts for E2E."""
+    measured = [run([1.2, 2.0, 2.8], [0.3, 0.6, 0.9])]
+    judged = [answered(measured[0], WINDOW)]
+    assert judged[0].tolist() == [0, 1, 2]
+    predicted = [run([1.3, 2.2, 3.4, 3.6], [0.33, 0.66, 0.99, 9.0])]
+    real = pooled_figures(measured, WINDOW, judged, ObjectiveConfig())
+    told = pooled_figures(predicted, WINDOW, judged, ObjectiveConfig())
+    assert told["median_e2el_ms"] == pytest.approx(1.1 * real["median_e2el_ms"])
+    assert told["mean_tpot_ms"] == pytest.approx(1.1 * real["mean_tpot_ms"])
+    assert (real["completed"], told["completed"]) == (3, 2)
+    assert real["output_throughput"] == pytest.approx(4.5)
+    assert told["output_throughput"] == pytest.approx(3.0)
+    assert told["judged_requests"] == 3
+
+
+def test_failed_and_unfinished_requests_are_not_judged() -> None:
+    frame, gaps = run([1.2, 2.0, 2.8], [0.3, 0.6, 0.9])
+    frame.loc[1, "status"] = "failed"
+    frame.loc[2, "last_token_s"] = np.nan
+    assert answered((frame, gaps), WINDOW).tolist() == [0]
+
+
+def test_waits_beyond_the_medians_are_added_where_the_client_sees_them() -> None:
+    rng = np.random.default_rng(0)
+    ways = np.tile([0.001, 0.0004, 0.0001, 0.003, 0.002, 0.0005], (200, 1))
+    ways[:100, 0] += np.linspace(0.0, 0.05, 100)
+    ways[::3, WAYS.index("in")] = np.nan
+    medians = gateway_medians(ways)
+    assert medians["routing_s"] == pytest.approx(0.0004)
+    assert medians["to_engine_s"] == pytest.approx(0.003)
+    waits = extra_waits(ways)
+    assert (
+        np.array(waits)[:, 0].max() == pytest.approx(0.05, abs=0.002) and np.ptp(np.array(waits)[:, 1]) == 0
+    )
+    frame, _ = run([5.0] * 4000, [0.9] * 4000)
+    seen = add_waits(frame, waits, rng)
+    ttft = seen["first_token_s"] - seen["send_s"]
+    assert ttft.quantile(0.995) - 0.3 == pytest.approx(0.05, rel=0.1)
+    np.testing.assert_allclose(seen["last_token_s"] - 5.0, seen["first_token_s"] - 4.4, atol=1e-9)
+    assert seen["gateway_s"].max() == pytest.approx(0.052, rel=0.05)
+    pd.testing.assert_frame_equal(add_waits(frame, (), rng), frame)
+
+
+def test_the_only_token_of_an_answer_waits_on_both_ways() -> None:
+    frame, _ = run([5.0], [0.9])
+    frame["output_tokens"], frame["first_token_s"] = 1, 5.0
+    seen = add_waits(frame, [[0.01, 0.02, 0.015]], np.random.default_rng(0))
+    assert seen["last_token_s"][0] == seen["first_token_s"][0] == pytest.approx(5.03)
