@@ -18,7 +18,17 @@ from ersim.errors import SimulationError
 from ersim.figures import run_figures
 from ersim.parallel import spread
 from ersim.prepare import Preparations
-from ersim.results import Gaps, RequestTable, Window, combine, mean_is_known, steady_window
+from ersim.results import (
+    Gaps,
+    RequestTable,
+    Window,
+    combine,
+    interval_method,
+    mean_is_known,
+    mean_known_within,
+    steady_window,
+)
+from ersim.results.intervals import FEW_REPLICATIONS
 from ersim.results.records import COMPLETED
 from ersim.steptime import ExpertModel
 from ersim.steptime.evaluate import PreparedStepTime, SharedStepTime
@@ -31,6 +41,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
+MSER = "MSER-5 on E2E latencies in the order in which requests ended"
+WHOLE_TRACE = "none: a trace is measured whole"
 
 
 @dataclass(frozen=True)
@@ -206,9 +218,11 @@ def _replications(
 def _enough(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) -> bool:
     """Whether `replications: auto` may stop."""
     wanted = config.uncertainty
-    return len(summaries) >= wanted.max_replications or mean_is_known(
-        summaries, wanted.precision, wanted.level
-    )
+    return len(summaries) >= wanted.max_replications or _is_precise(config, summaries)
+
+
+def _is_precise(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) -> bool:
+    return mean_is_known(summaries, config.uncertainty.precision, config.uncertainty.level)
 
 
 def _identities(config: SimulationConfig, experts: Sequence[ExpertModel]) -> dict[str, dict[str, Any]]:
@@ -235,6 +249,21 @@ def _excursions(figures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: {steps} steps had more {what} than its calibration covers (interval widened)"
 
 
+def _doubtful_intervals(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What to know about intervals of too few replications, and of a cap that was reached."""
+    wanted, count = config.uncertainty, len(summaries)
+    if 1 < count < FEW_REPLICATIONS:
+        yield f"intervals: {interval_method(count, wanted.level)}"
+    if str(wanted.replications) != "auto" or _is_precise(config, summaries):
+        return
+    within = mean_known_within(summaries, wanted.level)
+    known = "are not known" if within is None else f"are known within {100 * within:.1f} %"
+    yield (
+        f"intervals: after {count} replications, the cap, mean throughput and median E2E {known}, not "
+        f"within the {100 * wanted.precision:g} % asked for; raise uncertainty.max_replications"
+    )
+
+
 def _summary(
     config: SimulationConfig,
     experts: Sequence[ExpertModel],
@@ -245,6 +274,7 @@ def _summary(
     warnings = sorted(
         {warning for expert in experts for warning in expert.calibration.warnings}
         | set(_excursions(summaries[0]))
+        | set(_doubtful_intervals(config, summaries))
     )
     prompts = shared.prompt_set(config.workload.prompts)
     return {
@@ -256,7 +286,11 @@ def _summary(
         "request_rate": config.workload.rate_rps,
         "seed": config.seed,
         "replications": len(summaries),
+        "replications_asked": str(config.uncertainty.replications),
         "interval_level": config.uncertainty.level,
+        "interval_method": interval_method(len(summaries), config.uncertainty.level),
+        "mean_known_within": mean_known_within(summaries, config.uncertainty.level),
+        "warmup_method": WHOLE_TRACE if config.workload.arrivals == "trace" else MSER,
         "engine_equals_vllm": VLLM_VERSION,
         "calibrated": all(expert.calibration.calibrated for expert in experts),
         "warnings": warnings,

@@ -11,6 +11,7 @@ import pandas as pd
 from ersim.errors import DataError
 from ersim.util.files import write_atomically
 from experiments.job import ERROR, SUMMARY
+from experiments.pairs import DIFFERENCES, against_best, differences, vs_best
 
 MANIFEST = "sweep.json"
 COMPARISON = "comparison.csv"
@@ -76,8 +77,23 @@ def numbers(summary: dict[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in summary.items() if isinstance(value, (int, float))}
 
 
-def compare(jobs: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row per job, finished or not: what was varied, its status, all scalar figures."""
+def more_is_better() -> dict[str, bool]:
+    """The figures that lines are compared by, and which way."""
+    return {column: more for column, _, _, more in (*SHOWN, *SHOWN_OF_ROUTERS)}
+
+
+def judge(jobs: list[dict[str, Any]]) -> pd.DataFrame:
+    """The paired differences of all lines at each load, at the level of the jobs' intervals."""
+    levels = {job["summary"].get("interval_level") for job in jobs if job["status"] == "finished"} - {None}
+    return differences(jobs, more_is_better(), max(levels, default=0.90))
+
+
+def compare(jobs: list[dict[str, Any]], judged: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row per job, finished or not: what was varied, its status, all scalar figures.
+
+    With `judged` (from `judge`) also each figure's difference to the best line at its load.
+    """
+    to_best = {} if judged is None else against_best(judged)
     rows = []
     for job in jobs:
         row = {
@@ -88,6 +104,7 @@ def compare(jobs: list[dict[str, Any]]) -> pd.DataFrame:
             summary = job["summary"]
             row.update({key: summary[key] for key in ("router", "calibrated", "steady") if key in summary})
             row.update({key: value for key, value in numbers(summary).items() if key not in row})
+            row.update(to_best.get((job["line"], job["users"]), {}))
         elif job["error"]:
             row["error"] = job["error"]["error"]
         rows.append(row)
@@ -104,8 +121,8 @@ def write_comparison(folder: Path, frame: pd.DataFrame) -> Path:
 def show(frame: pd.DataFrame) -> str:
     """The comparison as text: one block per figure, lines down, users across, best marked.
 
-    Seeds are averaged. `*` marks the best at that load and every line whose interval overlaps the
-    best one's: they cannot be told apart.
+    Seeds are averaged. `*` marks the best at that load and every line whose paired difference to it
+    may be zero: they cannot be told apart.
     """
     done = frame[frame["status"] == "finished"]
     if done.empty:
@@ -113,19 +130,19 @@ def show(frame: pd.DataFrame) -> str:
     blocks = []
     routers = done.get("override:router")
     extra = SHOWN_OF_ROUTERS if routers is not None and routers.nunique() > 1 else ()
-    for column, heading, form, more in (*SHOWN, *extra):
+    for column, heading, form, _ in (*SHOWN, *extra):
         if column in done and done[column].notna().any():
-            blocks.append(_block(done, column, heading, form, more))
+            blocks.append(_block(done, column, heading, form))
     if (done["line"].nunique() > 1) and blocks:
-        blocks.append("* best at this load, or not to be told apart from it (90 % intervals overlap)")
+        blocks.append(_legend(done))
     return "\n\n".join(blocks)
 
 
-def _block(done: pd.DataFrame, column: str, heading: str, form: str, more: bool) -> str:
+def _block(done: pd.DataFrame, column: str, heading: str, form: str) -> str:
     lines = list(dict.fromkeys(done["line"]))
     users = sorted(done["users"].unique())
     values = done.pivot_table(index="line", columns="users", values=column)
-    marks = _best(done, column, more) if len(lines) > 1 else set()
+    marks = alike(done, column) if len(lines) > 1 else set()
     rows = [[heading, *(f"{count} users" if i == 0 else str(count) for i, count in enumerate(users))]]
     for line in lines:
         cells = [_cell(values, line, count, form, (line, count) in marks) for count in users]
@@ -146,18 +163,33 @@ def _cell(values: pd.DataFrame, line: str, users: int, form: str, best: bool) ->
     return f"{values.loc[line, users]:{form}}{'*' if best else ' '}"
 
 
-def _best(done: pd.DataFrame, column: str, more: bool) -> set[tuple[str, int]]:
-    """(line, users) of the best line at each load and of those whose interval overlaps its interval."""
+def _legend(done: pd.DataFrame) -> str:
+    """What the star means, and how it was judged."""
+    if not any(name.endswith("_vs_best") for name in done):
+        return "* best at this load; single replications: whether others can be told apart is not known"
+    levels = done["interval_level"].dropna() if "interval_level" in done else pd.Series([0.9])
+    return (
+        f"* best at this load, or not to be told apart from it: the {100 * float(levels.max()):g} % interval "
+        "of the difference,\n  paired by replication (same users, lengths and calibration draws), holds "
+        f"zero; all pairs: {DIFFERENCES}"
+    )
+
+
+def alike(done: pd.DataFrame, column: str) -> set[tuple[str, int]]:
+    """(line, users) of the best line at each load and of those that cannot be told apart from it.
+
+    Judged by the paired differences; where there are none (single replications) only the best counts.
+    """
+    more = more_is_better().get(column, False)
+    _, low, high = vs_best(column)
     marks: set[tuple[str, int]] = set()
     for users, group in done.groupby("users"):
-        edges = pd.DataFrame({"line": group["line"], "mean": group[column]})
-        for edge in ("low", "high"):
-            edges[edge] = group.get(f"{column}_{edge}")
-        means = edges.groupby("line").mean().dropna(subset=["mean"]).astype(float)
+        means = group.groupby("line")[column].mean().dropna()
         if means.empty:
             continue
-        low, high = means["low"].fillna(means["mean"]), means["high"].fillna(means["mean"])
-        winner = means["mean"].idxmax() if more else means["mean"].idxmin()
-        alike = (low <= high[winner]) & (high >= low[winner])
-        marks.update((str(line), int(str(users))) for line in means.index[alike])
+        load = int(str(users))
+        marks.add((str(means.idxmax() if more else means.idxmin()), load))
+        if low in group:
+            zero = group[(group[low] <= 0.0) & (group[high] >= 0.0)]
+            marks.update((str(line), load) for line in zero["line"])
     return marks

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ersim.util.files import write_atomically
+from experiments.comparison import alike
 
 # Okabe & Ito (2008), "Color Universal Design"; yellow left out: too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
@@ -75,7 +76,7 @@ PANELS = (
         "median_ttft_ms",
         "p99_ttft_ms",
         scale=1e-3,
-        band="line: median, band: up to p99",
+        band="line: median, bars: its 90 % interval, band: up to p99",
     ),
     Panel(
         "tpot",
@@ -84,7 +85,7 @@ PANELS = (
         "median_tpot_ms",
         "median_tpot_ms",
         "p99_tpot_ms",
-        band="line: median, band: up to p99",
+        band="line: median, bars: its 90 % interval, band: up to p99",
     ),
     Panel(
         "e2e",
@@ -94,9 +95,10 @@ PANELS = (
         "median_e2el_ms",
         "p99_e2el_ms",
         scale=1e-3,
-        band="line: median, band: up to p99",
+        band="line: median, bars: its 90 % interval, band: up to p99",
     ),
 )
+ALIKE = "best, or not to be told apart from it"
 COST_X, COST_Y, QUALITY = "p99_ttft_ms", "usd_per_mtok_output", "mean_score"
 
 
@@ -112,10 +114,12 @@ def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         COST_Y,
         QUALITY,
         *(name for panel in PANELS for name in (panel.line, panel.low, panel.high)),
+        *(f"{panel.line}{end}" for panel in PANELS for end in ("_low", "_high")),
     }
     figures = [name for name in done.columns if name in used]
     done = pd.DataFrame(
         {"line": done["label"], "users": done["users"], **{name: done[name] for name in figures}}
+        | {f"{panel.line} alike": _alike(finished, panel.line) for panel in PANELS if panel.line in finished}
     )
     lines = list(dict.fromkeys(done["line"]))
     points = done.groupby(["line", "users"], sort=False).mean(numeric_only=True).reset_index()
@@ -135,6 +139,13 @@ def write_figures(frame: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     return written
 
 
+def _alike(finished: pd.DataFrame, column: str) -> pd.Series:
+    """1 for points that are the best of several lines at their load or cannot be told apart from it."""
+    marks = alike(finished, column) if finished["line"].nunique() > 1 else set()
+    pairs = zip(finished["line"], finished["users"], strict=True)
+    return pd.Series([float(pair in marks) for pair in pairs], index=finished.index)
+
+
 def _save(figure: Figure, path: Path) -> Path:
     write_atomically(path, lambda temporary: figure.savefig(temporary))
     plt.close(figure)
@@ -147,6 +158,8 @@ def _one(points: pd.DataFrame, lines: Sequence[str], panel: Panel, title: str) -
     _draw(axes, points, lines, panel, bands=True, labels=True)
     axes.set_title(f"{panel.title}\n", loc="left")
     note = f"{title}; {panel.band}" if panel.high in points else title
+    if len(lines) > 1:
+        note += f"; hollow: {ALIKE}"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="#555555")
     return figure
 
@@ -160,7 +173,8 @@ def _overview(points: pd.DataFrame, lines: Sequence[str], panels: Sequence[Panel
         axes.set_title(f"{panel.title}{median}")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(title, x=0.075, y=0.975, ha="left", fontsize=11, color="#555555")
+    note = f"{title}; hollow: {ALIKE}" if len(lines) > 1 else title
+    figure.suptitle(note, x=0.075, y=0.975, ha="left", fontsize=11, color="#555555")
     return figure
 
 
@@ -174,12 +188,24 @@ def _draw(
         users, values = own["users"].to_numpy(float), own[panel.line].to_numpy(float) * panel.scale
         colour, marker = _look(index)
         axes.plot(users, values, _dash(index), color=colour, marker=marker, markersize=5, linewidth=1.8)
+        mark = own.get(f"{panel.line} alike")
+        if mark is not None and mark.any():
+            best = mark.to_numpy(bool)
+            hollow: Any = {
+                "markerfacecolor": "white",
+                "markeredgecolor": colour,
+                "markersize": 5,
+                "zorder": 3,
+            }
+            axes.plot(users[best], values[best], linestyle="none", marker=marker, **hollow)
         if bands and panel.low in own and panel.high in own:
             low, high = own[panel.low].to_numpy(float), own[panel.high].to_numpy(float)
             axes.fill_between(
                 users, low * panel.scale, high * panel.scale, color=colour, alpha=0.10, linewidth=0
             )
             axes.plot(users, high * panel.scale, color=colour, linewidth=0.8, linestyle=":")
+        if bands:
+            _interval_bars(axes, own, panel, colour)
         if len(values) and np.isfinite(values[-1]):
             ends.append((users[-1], float(values[-1]), line, colour))
     if points["users"].nunique() > 1:
@@ -192,6 +218,15 @@ def _draw(
     axes.set_xticks(_user_ticks(sorted(points["users"].unique())))
     if labels:
         _label_ends(axes, ends)
+
+
+def _interval_bars(axes: Axes, own: pd.DataFrame, panel: Panel, colour: str) -> None:
+    """The line's own 90 % interval at each load, where the band shows something else."""
+    low, high = f"{panel.line}_low", f"{panel.line}_high"
+    if low in own and high in own and panel.low != low:
+        ends = [own[name].to_numpy(float) * panel.scale for name in (low, high)]
+        floor = 0.2 * own[panel.line].to_numpy(float) * panel.scale  # an end of zero has no place on log axes
+        axes.vlines(own["users"], np.maximum(ends[0], floor), ends[1], color=colour, linewidth=2.2, alpha=0.5)
 
 
 def _look(index: int) -> tuple[str, str]:

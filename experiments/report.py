@@ -14,21 +14,24 @@ from typing import Any
 
 from ersim.errors import ErsimError
 from ersim.util.files import to_json, write_json
-from experiments.comparison import compare, read_jobs, read_manifest, show, write_comparison
+from experiments.comparison import compare, judge, read_jobs, read_manifest, show, write_comparison
+from experiments.pairs import write_differences
 from experiments.paths import MLFLOW
 
 LAST = "last_sweep.json"
 
 
 def finish(folder: Path, elapsed_s: float | None = None) -> dict[str, Any]:
-    """Write comparison.csv and figures, log to MLflow, print table, hints and one line of JSON.
+    """Write comparison.csv, differences.csv, figures; log to MLflow; print table, hints and one line of JSON.
 
     Returns what the JSON line holds. Raises DataError if `folder` is not a sweep.
     """
     manifest = read_manifest(folder)
     jobs = read_jobs(folder, manifest)
-    frame = compare(jobs)
+    judged = judge(jobs)
+    frame = compare(jobs, judged)
     write_comparison(folder, frame)
+    write_differences(folder, judged)
     began_s = time.perf_counter()
     from experiments.figures import write_figures
 

@@ -54,7 +54,7 @@ def describe(summary: dict[str, Any]) -> str:
     many = int(summary.get("replications") or 1) > 1
     lines = [
         f"{summary['fleet']}, router {summary['router']}, {_load(summary)}, "
-        f"{summary['completed_in_all']} requests, {summary.get('gpus')} GPUs"
+        f"{summary['completed_in_all']:,.0f} requests, {summary.get('gpus')} GPUs"
         + (f"; [{level} % interval of {summary['replications']} replications]" if many else "")
     ]
     for key, name, form in ROWS:

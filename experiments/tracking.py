@@ -179,7 +179,7 @@ def _runs_of(client: MlflowClient, experiment: str, sweep_id: str) -> list[Any]:
 
 
 def _sweep_files(folder: Path) -> list[Path]:
-    return [folder / name for name in ("comparison.csv", "multirun.yaml", "sweep.json")]
+    return [folder / name for name in ("comparison.csv", "differences.csv", "multirun.yaml", "sweep.json")]
 
 
 def _log_parent(

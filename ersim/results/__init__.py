@@ -2,7 +2,13 @@
 
 from ersim.results import quality
 from ersim.results.compare import VALIDATED, Comparison, Difference, compare, difference
-from ersim.results.intervals import combine, mean_is_known, prediction_interval
+from ersim.results.intervals import (
+    combine,
+    interval_method,
+    mean_is_known,
+    mean_known_within,
+    prediction_interval,
+)
 from ersim.results.percentiles import latency_statistics, weighted_quantiles
 from ersim.results.records import (
     COMPLETED,
@@ -33,9 +39,11 @@ __all__ = [
     "compare",
     "difference",
     "in_window",
+    "interval_method",
     "latencies_s",
     "latency_statistics",
     "mean_is_known",
+    "mean_known_within",
     "mser_cut",
     "prediction_interval",
     "quality",

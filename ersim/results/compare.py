@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ersim.results.student import t_quantile
+from ersim.results.intervals import prediction_interval
 
 VALIDATED = (
     "request_throughput",
@@ -57,16 +57,17 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How much figure `metric` of fleet a exceeds that of fleet b, relative to b, with its interval."""
+    """By which share figure `metric` of fleet a exceeds fleet b's, with an interval, from so many pairs."""
 
     metric: str
     relative: float
     low: float
     high: float
+    pairs: int
 
     @property
     def distinguishable(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval leaves zero out. Two fleets that never differ are not."""
         return self.low > 0.0 or self.high < 0.0
 
 
@@ -75,18 +76,27 @@ def difference(
 ) -> Difference | None:
     """Paired difference of two fleets' replications, which share users, prompts and coefficient draws.
 
-    Student's t interval of the mean of (a_i - b_i) / mean(b) over the replications both have;
-    None below two pairs or when a figure is missing.
+    Student's t prediction interval, mean +- t s sqrt(1 + 1/n) over the n replications that both have, of
+    the log ratio in one more pair (of the plain difference, as a share of b's mean, where a value is not
+    positive). The narrower interval of the mean would shrink to nothing with many replications, but the
+    coefficients' doubt does not: a real GPU has one set of them, and the question is whether the sign
+    holds for whichever it is. None below two pairs, or when a figure is missing somewhere.
     """
     pairs = [(x.get(metric), y.get(metric)) for x, y in zip(a, b, strict=False)]
     known = [(float(x), float(y)) for x, y in pairs if x is not None and y is not None]
     if len(known) < 2 or len(known) < len(pairs):
         return None
-    scale = float(np.mean([y for _, y in known]))
-    if scale == 0.0:
-        return None
-    ratios = np.array([(x - y) / scale for x, y in known])
-    mean = float(ratios.mean())
-    quantile = t_quantile(len(ratios) - 1, 0.5 + level / 2)
-    half = quantile * float(ratios.std(ddof=1)) / math.sqrt(len(ratios))
-    return Difference(metric, mean, mean - half, mean + half)
+    if min(min(pair) for pair in known) > 0.0:
+        logs = [math.log(x / y) for x, y in known]
+        mean, (low, high) = float(np.mean(logs)), _interval(logs, level)
+        ratios = [math.expm1(min(log, 700.0)) for log in (mean, low, high)]
+        return Difference(metric, ratios[0], ratios[1], ratios[2], len(known))
+    base = abs(float(np.mean([y for _, y in known]))) or 1.0  # nothing to be a share of: in the figure's unit
+    shares = [(x - y) / base for x, y in known]
+    return Difference(metric, float(np.mean(shares)), *_interval(shares, level), len(known))
+
+
+def _interval(values: Sequence[float], level: float) -> tuple[float, float]:
+    interval = prediction_interval(values, level, at_least=None)
+    assert interval is not None  # two values have one
+    return interval

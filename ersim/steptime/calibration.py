@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ FORMAT = "ersim-calibration"
 VERSION = 1
 SOURCES = ("steps", "profile", "tables", "transfer", "roofline")  # in the order "auto" prefers them
 UNCALIBRATED = ("transfer", "roofline")
+LINEAR_MAPS = ("weights", "arithmetic", "linear maps", "all-reduce")  # what a derived precision changes
 CALIBRATION_DIR = CONF_DIR / "calibration"
 RANGE_KEYS = ("tokens", "decode_seqs", "context_tokens", "prefill_chunk_tokens", "prefill_context_tokens")
 
@@ -88,12 +90,48 @@ class Calibration:
         """One draw of the coefficients (none below zero), or their mean when `rng` is None.
 
         mirrored: the draw's reflection at the mean; a draw and its reflection average out first order.
+        Two calibrations that draw from equal generators share the doubts they have in common: equal
+        terms get equal normal numbers (`_doubts`), and the symmetric root of the correlation spreads
+        what is common to all terms over all of them, whatever their number. (The eigenvectors that
+        numpy's own draw would take have arbitrary signs, which turns shared doubts against each other.)
         """
         mean = np.asarray(self.theta)
         if rng is None:
             return mean
-        step = rng.multivariate_normal(np.zeros(len(mean)), np.asarray(self.covariance), method="eigh")
-        return np.maximum(mean - step if mirrored else mean + step, 0.0)
+        covariance = np.asarray(self.covariance)
+        spread = np.sqrt(np.diag(covariance))
+        scale = np.where(spread > 0.0, spread, 1.0)
+        values, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
+        root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+        seed = int(rng.integers(2**63))
+        streams = [np.random.default_rng([seed, crc32(name.encode())]) for name in self._doubts()]
+        step: FloatArray = spread * (root @ np.asarray([stream.standard_normal() for stream in streams]))
+        drawn: FloatArray = np.maximum(mean - step if mirrored else mean + step, 0.0)
+        return drawn
+
+    def _doubts(self) -> list[str]:
+        """A name for what makes each term doubtful, equal in calibrations that share that doubt.
+
+        Host terms are the same everywhere. Terms from tables or profiles share their method's doubt; the
+        loading of weights has kernels by precision; what was derived is doubtful by GPU and precision;
+        fits to recorded steps have statistical errors of their own.
+        """
+        names: list[str] = []
+        seen: dict[str, int] = {}
+        for term in self.terms:
+            name = f"{term['label']} {term.get('low')} {term.get('high')}"
+            linear = term["label"] in LINEAR_MAPS
+            if self.source == "steps":
+                name += f" {self.name}"
+            elif term["side"] == "gpu":
+                name += f" {self.source}"
+                if self.source == "transfer" or (self.derived is not None and linear):
+                    name += f" {self.gpu} {self.precision}"
+                elif term["label"] in ("weights", "linear maps"):
+                    name += f" {self.precision}"
+            seen[name] = seen.get(name, 0) + 1
+            names.append(f"{name} {seen[name]}")
+        return names
 
 
 def dumps(calibration: Calibration) -> str:

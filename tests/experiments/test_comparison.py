@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,10 @@ import pytest
 from PIL import Image
 
 from ersim.errors import DataError
-from experiments.comparison import compare, read_jobs, read_manifest, show
+from ersim.results import prediction_interval
+from experiments.comparison import compare, judge, read_jobs, read_manifest, show
 from experiments.figures import pareto_front, write_figures
+from experiments.pairs import ALL_PAIRS, write_differences
 
 
 def frame_of(rows: list[tuple[str, int, float, float, float]]) -> pd.DataFrame:
@@ -39,27 +42,73 @@ def marked(text: str, line: str) -> list[bool]:
     return ["*" in cell for cell in row.split()[1:]]
 
 
-def test_the_best_and_what_cannot_be_told_apart_from_it_are_marked() -> None:
-    frame = frame_of(
-        [
-            ("fast", 1, 100.0, 95.0, 105.0),
-            ("alike", 1, 98.0, 90.0, 106.0),
-            ("slow", 1, 50.0, 45.0, 55.0),
-            ("fast", 10, 100.0, 95.0, 105.0),
-            ("alike", 10, 200.0, 190.0, 210.0),
-            ("slow", 10, 50.0, 45.0, 55.0),
-        ]
+def sweep_of(tmp_path: Path, lines: dict[str, list[float]], users: int = 1) -> list[dict[str, Any]]:
+    """Finished jobs whose replications had these throughputs, in folders of their own."""
+    jobs = []
+    for number, (line, values) in enumerate(lines.items()):
+        home = tmp_path / str(number)
+        home.mkdir(parents=True)
+        (home / "replications.json").write_text(json.dumps([{"output_throughput": v} for v in values]))
+        summary = {"output_throughput": float(np.mean(values)), "interval_level": 0.9}
+        fixed = {"label": line, "fleet": line, "seed": 0, "folder": str(number), "overrides": {}}
+        jobs.append(
+            {"job": number, "line": line, "users": users, "home": home, "status": "finished"}
+            | {"summary": summary, "error": None, **fixed}
+        )
+    return jobs
+
+
+def test_pairs_tell_apart_what_overlapping_intervals_cannot(tmp_path: Path) -> None:
+    shared = np.random.default_rng(4).normal(100.0, 10.0, 6)
+    jobs = sweep_of(
+        tmp_path,
+        {"fast": list(1.05 * shared), "slow": list(shared), "twin": list(1.05 * shared)},
     )
+    fast, slow = (prediction_interval([float(v) for v in values], 0.9) for values in (1.05 * shared, shared))
+    assert fast is not None and slow is not None and fast[0] < slow[1], "the intervals do overlap"
+    judged = judge(jobs)
+    frame = compare(jobs, judged)
     text = show(frame)
-    assert marked(text, "fast") == [True, False]
-    assert marked(text, "alike") == [True, True]
-    assert marked(text, "slow") == [False, False]
+    assert marked(text, "fast") == [True] and marked(text, "twin") == [True]
+    assert marked(text, "slow") == [False]
+    assert "paired by replication" in text
+    row = frame.set_index("line").loc["slow"]
+    assert row["output_throughput_vs_best"] == pytest.approx(1 / 1.05 - 1)
+    assert row["output_throughput_vs_best_high"] < 0.0
+    pairs = {frozenset((row.line, row.other)): row.told_apart for row in judged.itertuples()}
+    assert pairs == {
+        frozenset(("fast", "slow")): True,
+        frozenset(("fast", "twin")): False,
+        frozenset(("slow", "twin")): True,
+    }
+    assert write_differences(tmp_path, judged).read_text().startswith("users,figure,line,other,relative")
 
 
-def test_without_intervals_only_the_best_is_marked() -> None:
-    frame = frame_of([("a", 1, 2.0, 0, 0), ("b", 1, 1.0, 0, 0)])
-    frame = frame.drop(columns=["output_throughput_low", "output_throughput_high"])
-    assert marked(show(frame), "a") == [True] and marked(show(frame), "b") == [False]
+def test_what_differs_by_chance_alone_is_not_told_apart(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    told = 0
+    for trial in range(40):
+        values = rng.normal(100.0, 10.0, (2, 5))
+        told += int(
+            judge(sweep_of(tmp_path / str(trial), {"a": list(values[0]), "b": list(values[1])}))[
+                "told_apart"
+            ].sum()
+        )
+    assert told <= 4
+
+
+def test_single_replications_mark_only_the_best_and_say_so(tmp_path: Path) -> None:
+    jobs = sweep_of(tmp_path, {"a": [2.0], "b": [1.9]})
+    text = show(compare(jobs, judge(jobs)))
+    assert marked(text, "a") == [True] and marked(text, "b") == [False]
+    assert "not known" in text
+
+
+def test_of_many_lines_each_is_judged_against_the_best_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = {f"line{i:02}": list((100.0 + i) * rng.normal(1.0, 0.01, 4)) for i in range(ALL_PAIRS + 1)}
+    judged = judge(sweep_of(tmp_path, lines))
+    assert len(judged) == ALL_PAIRS and judged["from_best"].all()
 
 
 def test_a_line_without_a_result_at_one_load_shows_a_gap() -> None:

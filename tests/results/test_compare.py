@@ -36,5 +36,27 @@ def test_common_random_numbers_tell_fleets_apart_that_independent_runs_would_not
     assert not shuffled.distinguishable
 
 
+def test_identical_fleets_are_never_told_apart() -> None:
+    for values in ([5.0, 5.0], [1.0, 2.0, 3.0], [0.0, 0.0, 0.0]):
+        runs = [{"x": value} for value in values]
+        found = difference(runs, runs, "x")
+        assert found is not None and not found.distinguishable
+        assert (found.low, found.relative, found.high) == (0.0, 0.0, 0.0)
+
+
+def test_a_doubtful_sign_stays_doubtful_however_many_replications() -> None:
+    doubt = np.random.default_rng(2).normal(0.02, 0.05, 400)  # which of two GPUs is faster is not known
+    a, b = [{"x": 100.0 * (1 + value)} for value in doubt], [{"x": 100.0}] * 400
+    found = difference(a, b, "x")
+    assert found is not None and found.pairs == 400
+    assert not found.distinguishable
+
+
+def test_a_figure_that_may_be_zero_is_compared_by_plain_differences() -> None:
+    found = difference([{"x": 0.0}, {"x": 0.1}, {"x": 0.05}], [{"x": 1.0}] * 3, "x")
+    assert found is not None and found.distinguishable
+    assert found.relative == pytest.approx(-0.95)
+
+
 def test_one_pair_tells_nothing() -> None:
     assert difference([{"x": 1.0}], [{"x": 2.0}], "x") is None
