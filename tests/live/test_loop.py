@@ -24,8 +24,8 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, obje
     """The short live loop in a folder of its own; returns it and the last line of output."""
     folder = tmp_path_factory.mktemp("loop")
     command = [
-        sys.executable, "-m", "experiments.live", "live_plan=short", "users=1,4", "seconds=20", "warmup_s=3",
-        "replications=4", f"folder={folder}", f"tracking.uri=sqlite:///{folder}/runs.db",
+        sys.executable, "-m", "experiments.live", "live_plan=short", "users=1,4", "seconds=12", "warmup_s=2",
+        "repeats=2", "replications=4", f"folder={folder}", f"tracking.uri=sqlite:///{folder}/runs.db",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,7 +37,7 @@ def test_the_loop_leaves_calibrations_runs_and_figures(loop: tuple[Path, dict[st
     folder, _ = loop
     for name in ("large.json", "small.json", "fleet.json", "large.png", "validation.csv", "validation.png"):
         assert (folder / name).stat().st_size > 0, name
-    for tag in ("u1r0", "u4r0"):
+    for tag in ("u1r0", "u1r1", "u4r0", "u4r1"):
         assert len(pd.read_parquet(folder / "runs" / tag / "requests.parquet")) > 0
         assert len(pd.read_parquet(folder / "runs" / tag / "steps_large.parquet")) > 0
 
@@ -49,7 +49,10 @@ def test_recorded_steps_replay_through_the_engine(loop: tuple[Path, dict[str, ob
         assert result["steps"] > 100 and result["share"] >= 0.99, result["first_difference"]
 
 
-def test_measured_requests_went_where_the_simulator_says(loop: tuple[Path, dict[str, object]]) -> None:
+@pytest.mark.parametrize("repeat", [0, 1])
+def test_measured_requests_went_where_the_simulator_says(
+    loop: tuple[Path, dict[str, object]], repeat: int
+) -> None:
     """Policy and workload are one code: request by request the same expert, prompt and lengths."""
     from ersim.prepare import Preparations
     from experiments.validate import recorded_config
@@ -57,9 +60,11 @@ def test_measured_requests_went_where_the_simulator_says(loop: tuple[Path, dict[
     from testbed.predict import predict_once
 
     folder, _ = loop
-    config = recorded_config(folder / "runs" / "u4r0" / "run.json")
-    told = predict_once(config, Preparations(), load(folder), 0).requests.set_index("request_id")
-    real = pd.read_parquet(folder / "runs" / "u4r0" / "requests.parquet").set_index("request_id")
+    run = folder / "runs" / f"u4r{repeat}"
+    config, shared = recorded_config(run / "run.json"), Preparations()
+    output = predict_once(config, shared, load(folder), 0, repeat=repeat)
+    told = output.requests.set_index("request_id")
+    real = pd.read_parquet(run / "requests.parquet").set_index("request_id")
     both = told.index.intersection(real.index)
     assert len(both) > 5
     for column in ("expert", "prompt_index", "prompt_tokens", "output_tokens", "user"):
