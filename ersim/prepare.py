@@ -11,6 +11,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from ersim.config import ExpertConfig, FleetConfig, PromptSetConfig, RouterConfig, SimulationConfig
+from ersim.fitted import Store
 from ersim.routing import Policy, build_policy, split_prompts
 from ersim.steptime import ExpertModel, build_expert_model
 from ersim.system.dispatch import queries, static_decisions
@@ -37,12 +38,17 @@ class Routing:
 
 
 class Preparations:
-    """Keeps what was prepared, by the configuration it was prepared from; one per process or notebook."""
+    """Keeps what was prepared, by the configuration it was prepared from; one per process or notebook.
 
-    def __init__(self) -> None:
+    store: keeps fitted routings between processes; None fits in every process.
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        self._store = store
         self._prompts: dict[str, PromptSet] = {}
         self._routing: dict[str, Routing] = {}
         self._experts: dict[str, ExpertModel] = {}
+        self._prices: dict[int, tuple[float | None, float | None]] = {}
 
     def prompt_set(self, config: PromptSetConfig) -> PromptSet:
         """The prompt set of a configuration."""
@@ -63,7 +69,9 @@ class Preparations:
         states = []
         for name, config in fleet.experts.items():
             expert = self.expert(config, f"fleet.experts.{name}")
-            price_in, price_out = token_prices_usd(expert)
+            if id(expert) not in self._prices:  # kept above, so that no other takes its id
+                self._prices[id(expert)] = token_prices_usd(expert)
+            price_in, price_out = self._prices[id(expert)]
             states.append(
                 ExpertState(
                     name=name,
@@ -84,8 +92,21 @@ class Preparations:
         identity = [asdict(state) for state in states]
         key = _key([asdict(config.router), identity, prompts.digest, config.seed])
         if key not in self._routing:
-            self._routing[key] = _fit(config.router, states, prompts, config.seed)
+            self._routing[key] = self._kept(key, config.router) or self._fit(key, config, states, prompts)
         return self._routing[key]
+
+    def _kept(self, key: str, router: RouterConfig) -> Routing | None:
+        """The routing that an earlier process fitted; a policy from a file is read from that."""
+        found = self._store.get(key) if self._store is not None and router.policy_path is None else None
+        return found if isinstance(found, Routing) else None
+
+    def _fit(
+        self, key: str, config: SimulationConfig, states: Sequence[ExpertState], prompts: PromptSet
+    ) -> Routing:
+        routing = _fit(config.router, states, prompts, config.seed)
+        if self._store is not None and config.router.policy_path is None:
+            self._store.put(key, routing)
+        return routing
 
 
 def token_prices_usd(expert: ExpertModel) -> tuple[float | None, float | None]:

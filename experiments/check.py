@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 def preparations() -> Preparations:
     """This process's prompt sets, experts and fitted policies: checked first, then used by the runs."""
     from ersim import Preparations
+    from ersim.fitted import Store
+    from experiments.paths import cache_dir
 
-    return Preparations()
+    folder = cache_dir()
+    return Preparations(Store(folder) if folder else None)
 
 
 def check(config: SimulationConfig, shared: Preparations) -> None:

@@ -1,25 +1,26 @@
 """Hydra made quick to start: YAML is read and written by libyaml, and a run is composed once.
 
 Hydra composes every configuration twice, once only to learn whether it is a sweep, and OmegaConf
-reads YAML in pure Python: together more than half a second before a run begins. Its help copies the
-whole repository for every group. Nothing else of
-either changes; what they do not offer in this form (another version, PyYAML without libyaml)
-stays as it is.
+reads YAML in pure Python: together more than half a second before a run begins. For every file it
+lists the choices made so far, which only a defaults list with an interpolation asks for. Its help
+copies the whole repository for every group. Nothing else of either changes; what they do not offer
+in this form (another version, PyYAML without libyaml) stays as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
+from hydra._internal import defaults_list
 from hydra._internal import hydra as hydra_core
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
-from omegaconf import DictConfig, _utils, omegaconf
+from omegaconf import DictConfig, OmegaConf, _utils, omegaconf
 
 RUN_MODE = "hydra.mode=RUN"
 
@@ -84,8 +85,23 @@ def _names_a_sweep(overrides: list[str]) -> bool:
     return any(set(item.partition("=")[2]) & set(",()[]{}*") for item in overrides)
 
 
+def _asked_for_only(create_map: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """`create_map` for a defaults list that holds an interpolation; an empty map for any other."""
+
+    def choices(overrides: Any, entries: list[Any], self_added: bool) -> DictConfig:
+        if any(entry.is_interpolation() for entry in entries if not entry.is_self()):
+            return create_map(overrides, entries, self_added)
+        return OmegaConf.create({})
+
+    return choices
+
+
 def quicken() -> None:
-    """Let this process's Hydra use `SingleComposition` and libyaml."""
+    """Let this process's Hydra use `SingleComposition` and libyaml; done once."""
+    if getattr(hydra_core, "ConfigLoaderImpl", None) is SingleComposition:
+        return
+    if hasattr(defaults_list, "_create_interpolation_map"):
+        defaults_list._create_interpolation_map = _asked_for_only(defaults_list._create_interpolation_map)
     if hasattr(hydra_core, "ConfigLoaderImpl"):
         hydra_core.ConfigLoaderImpl = SingleComposition
     if not yaml.__with_libyaml__ or not hasattr(_utils, "get_yaml_loader"):

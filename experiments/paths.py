@@ -25,3 +25,17 @@ def conf_dir() -> Path:
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI if set, else the sqlite store under `mlflow/`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{MLFLOW / 'ersim.db'}"
+
+
+def cache_dir() -> Path | None:
+    """Where fitted routers are kept between commands: ERSIM_CACHE, else the user's cache folder.
+
+    ERSIM_CACHE= (empty) keeps nothing.
+    """
+    named = os.environ.get("ERSIM_CACHE")
+    if named is not None:
+        return Path(named) if named else None
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ersim"
+    except RuntimeError:  # no home
+        return None

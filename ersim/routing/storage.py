@@ -9,7 +9,6 @@ import hashlib
 import json
 import pickle
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ FORMAT = 1
 
 
 def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and seldom needed
+
     found = {}
     for package in ("numpy", "scikit-learn"):
         try:

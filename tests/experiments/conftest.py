@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 
 from experiments import simulate
 
+os.environ["ERSIM_CACHE"] = ""  # tests fit, and leave the user's cache alone
 QUICK = ("uncertainty=none", "workload.requests=150", "workload.prompts.limit=200")
 
 

@@ -126,3 +126,17 @@ def test_calibrations_are_listed(ersim: Callable) -> None:
     assert run.code == 0
     names = {row["name"] for row in run.record["calibrations"]}
     assert any("llama3.1-70b" in name for name in names) and "held-out" in run.out
+
+
+def test_fitted_routers_are_kept_where_an_environment_variable_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments.paths import cache_dir
+
+    monkeypatch.setenv("ERSIM_CACHE", str(tmp_path / "here"))
+    assert cache_dir() == tmp_path / "here"
+    monkeypatch.setenv("ERSIM_CACHE", "")
+    assert cache_dir() is None
+    monkeypatch.delenv("ERSIM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "ersim"

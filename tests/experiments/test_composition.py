@@ -76,3 +76,16 @@ def test_a_fleet_that_is_no_yaml_is_one_message(ersim: Callable) -> None:
     assert run.code == 1
     assert "not valid YAML" in run.err and "broken.yaml" in run.err and "line 3" in run.err
     assert "Traceback" not in run.err
+
+
+def test_choices_are_listed_for_a_defaults_list_that_asks_for_them(ersim: Callable) -> None:
+    for folder, text in {
+        "mine/crowd/small.yaml": "# @package _global_\nusers: 17\n",
+        "mine/seeds/small.yaml": "# @package _global_\nseed: 4\n",
+        "mine/both/all.yaml": "# @package _global_\ndefaults: [{/crowd: small}, {/seeds: '${crowd}'}]\n",
+    }.items():
+        Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        Path(folder).write_text(text)
+    shown = ersim("--config-dir", "mine", "--cfg", "job", "+both=all")
+    assert shown.code == 0, shown.err
+    assert (yaml.safe_load(shown.out)["users"], yaml.safe_load(shown.out)["seed"]) == (17, 4)
