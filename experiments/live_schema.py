@@ -46,7 +46,7 @@ class LiveConfig:
 
     name: str = "live"
     users: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    seconds: float = 28.0
+    seconds: float = 26.0
     warmup_s: float = 5.0
     repeats: int = 3
     replications: int = 8

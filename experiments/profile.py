@@ -38,7 +38,7 @@ from experiments.live_schema import (
 )
 from experiments.paths import conf_dir
 from testbed.contention import Contention, fit_contention
-from testbed.fleet import LiveFleet
+from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import FleetCalibration, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.gateway.process import GatewayProcess
@@ -48,6 +48,7 @@ from testbed.live_settings import read_live
 from testbed.plan import check_plan
 from testbed.power import PowerSampler
 from testbed.profiling import Profiler, ProfileRun, fit, profile_steps
+from testbed.standing import Standing, check_all
 from testbed.step_log import read_step_log
 from testbed.waits import extra_waits, gateway_medians, ways_s
 
@@ -131,6 +132,7 @@ def _together(
     fleet = calibrated_fleet(job.fleet, calibrations, folder)
     config, shared = simulation(job, fleet, 1), Preparations()
     settings = gateway_settings(config, shared, live, folder / "profile")
+    standings = check_all(live, fleet, shared, job.workload, job.seed, say)
     runs: list[LiveRun] = []
     with GatewayProcess(settings, folder / "profile") as gateway:
         for users in job.plan.mixed_users:
@@ -144,10 +146,11 @@ def _together(
         for name in calibrations
     }
     contention = {}
-    for name, calibration in calibrations.items():
+    for name in calibrations:
         model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
         others = {other: log for other, log in logs.items() if other != name}
-        slow = slowness(logs[name], calibration.provenance.get("probe_s"))
+        alone = standings.get(replica_name(name, 0, fleet.experts[name].replicas), Standing())
+        slow = alone.factor * slowness(logs[name], alone.probe_s)
         contention[name] = fit_contention(logs[name], model.step_time(), others, slow, job.seed)
     ways = ways_s([record for run in runs for record in run.load.records], runs[-1].access, logs)
     known = FleetCalibration(

@@ -51,6 +51,7 @@ from testbed.pooled import Run, answered, pooled_figures
 from testbed.power import PowerLog, PowerSampler
 from testbed.predict import predicted_summary, shares
 from testbed.replay import replay
+from testbed.standing import check_all
 from testbed.step_log import read_step_log
 
 BARS_CPU: Mapping[str, float] = {
@@ -108,13 +109,16 @@ def _replays(folder: Path) -> dict[str, Any]:
 def _measure(
     job: LiveConfig, base: SimulationConfig, shared: Preparations, known: FleetCalibration, folder: Path
 ) -> None:
-    """All loads, then all again, on one fleet and one gateway, into runs/u<users>r<repeat>/."""
+    """All loads, then all again, on one fleet and one gateway, into runs/u<users>r<repeat>/.
+
+    Before each round every server answers a few requests alone (see `testbed.standing`).
+    """
     shutil.rmtree(folder / "runs", ignore_errors=True)
     with LiveFleet(base.fleet, folder / "runs", say) as live:
         settings = gateway_settings(base, shared, live, folder / "runs")
         with GatewayProcess(settings, folder / "runs") as gateway, PowerSampler() as power:
-            probes_s = _probes(base, shared, live)
             for repeat in range(job.repeats):
+                standings = check_all(live, base.fleet, shared, job.workload, job.seed + repeat, say)
                 for users in job.users:
                     say(f"live: {users} users for {job.seconds:g} s")
                     level = level_config(base, users, job.seconds)
@@ -122,7 +126,7 @@ def _measure(
                     run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag, repeat)
                     check_answered(run)
                     _check_version(run, known)
-                    write_run(run, level, folder / "runs" / tag, probes_s, repeat)
+                    write_run(run, level, folder / "runs" / tag, standings, repeat)
     write_power(power.log, folder / "runs")
 
 
@@ -182,15 +186,6 @@ def _compare(
         rows += _rows(users, measured, told, list(base.fleet.experts))
         summaries[str(users)] = {"measured": measured, "predicted": told, "host_slowness": speed}
     return pd.DataFrame(rows), summaries
-
-
-def _probes(base: SimulationConfig, shared: Preparations, live: LiveFleet) -> dict[str, float | None]:
-    """What the speed probe took while each server's expert was profiled, seconds."""
-    return {
-        server.spec.name: shared.expert(expert, f"fleet.experts.{name}").calibration.provenance.get("probe_s")
-        for name, expert in base.fleet.experts.items()
-        for server in live.servers[name]
-    }
 
 
 def _speeds(job: LiveConfig, folder: Path, users: int) -> list[dict[str, SpeedTrace]]:

@@ -101,9 +101,7 @@ def fit_contention(
     shares = [busy_share(ends - periods, ends, others[name]) for name in names]
     matrix = _terms(told, shares, batches)
     keep = measured < OUTLIER_RATIO * np.median(measured / told) * told
-    weight = np.where(
-        keep, 1.0 / np.sqrt(told), 0.0
-    )  # between single steps (1/told) and sums (1)
+    weight = np.where(keep, 1.0 / np.sqrt(told), 0.0)  # between single steps (1/told) and sums (1)
     weighted, wanted = matrix * weight[:, None], measured * weight
     solution = nnls(weighted, wanted)[0]
     base, *slowdowns, row_s, request_s = solution.tolist()

@@ -3,9 +3,10 @@
 Virtual CPUs share caches, memory and often the core itself with other tenants: the same step was seen
 to take 28 and 44 ms within seconds, with the engine's thread on its core 99.7 % of the time. The
 recorder therefore times a fixed piece of work between steps (`recording_scheduler.SpeedProbe`).
-Slowness is that time over the time it took while profiling. Calibrations hold step times at slowness
-1, and a live run is simulated at the slowness of its own moments: the probe knows nothing of the
-requests, so that what is predicted stays a prediction. GPUs need no probe: slowness is 1 there.
+Slowness is that time over the time it took while profiling, or while the server was last seen alone
+(`standing`). Calibrations hold step times at slowness 1, and a live run is simulated at the slowness
+of its own moments: the probe knows nothing of the requests, so that what is predicted stays a
+prediction. GPUs need no probe: slowness is 1 there.
 """
 
 from __future__ import annotations
@@ -50,19 +51,25 @@ def slowness(log: StepLog, reference_s: float | None) -> FloatArray:
 
 @dataclass(frozen=True)
 class SpeedTrace:
-    """Slowness of the host on a run's clock, in bins of `BIN_S` seconds."""
+    """Slowness of the host on a run's clock, in bins of `BIN_S` seconds; doubt: relative, of all at once."""
 
     bins: Sequence[float]
+    doubt: float = 0.0
 
     @classmethod
-    def of_steps(cls, end_s: FloatArray, slow: FloatArray) -> SpeedTrace:
+    def of_steps(cls, end_s: FloatArray, slow: FloatArray, doubt: float = 0.0) -> SpeedTrace:
         """Median slowness of the steps that ended in each bin; bins without steps lie in between."""
         if len(end_s) == 0:
-            return cls((1.0,))
+            return cls((1.0,), doubt)
         index = np.maximum(end_s / BIN_S, 0).astype(int)
         known = np.unique(index)
         medians = [float(np.median(slow[index == one])) for one in known]
-        return cls(tuple(np.interp(np.arange(known[-1] + 1), known, medians).tolist()))
+        return cls(tuple(np.interp(np.arange(known[-1] + 1), known, medians).tolist()), doubt)
+
+    def drawn(self, rng: np.random.Generator) -> SpeedTrace:
+        """As fast as it may have been, given the doubt."""
+        factor = float(np.exp(self.doubt * rng.standard_normal()))
+        return SpeedTrace(tuple(factor * one for one in self.bins), self.doubt)
 
     def at(self, now_s: float) -> float:
         """Slowness at a moment of the run; the last bin goes on for ever."""

@@ -18,13 +18,14 @@ from ersim.util.files import write_atomically, write_json
 from testbed.host_speed import SpeedTrace, slowness
 from testbed.live_run import LiveRun
 from testbed.power import PowerLog
+from testbed.standing import Standing
 from testbed.step_log import StepLog
 
 
-def steps_frame(log: StepLog, start_s: float, probe_s: float | None = None) -> pd.DataFrame:
+def steps_frame(log: StepLog, start_s: float, alone: Standing | None = None) -> pd.DataFrame:
     """One row per engine step: when, how long, and what ran; times on the run's clock.
 
-    probe_s: what the speed probe took while the expert was profiled; host_slowness is relative to it.
+    alone: how the server stood before the run; host_slowness is relative to its calibration by that.
     """
     batches = [step.batch() for step in log.steps]
     rows: dict[str, Any] = {
@@ -40,7 +41,9 @@ def steps_frame(log: StepLog, start_s: float, probe_s: float | None = None) -> p
         "waiting": [step.waiting for step in log.steps],
         "blocks_used": [step.blocks_used for step in log.steps],
         "preempted": [len(step.preempted) for step in log.steps],
-        "host_slowness": slowness(log, probe_s),
+        "host_slowness": np.ones(len(batches))
+        if alone is None
+        else alone.factor * slowness(log, alone.probe_s),
     }
     return pd.DataFrame(rows)
 
@@ -59,17 +62,24 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, Gaps]:
 
 def read_span_s(folder: Path) -> tuple[float, float]:
     """When a run began and ended, monotonic seconds of the machine that measured it."""
+    stored = _stored(folder)
+    return float(stored["start_s"]), float(stored["end_s"])
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
     try:
-        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return float(stored["start_s"]), float(stored["end_s"])
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folder / 'run.json'}: not the run.json of a measured run ({error!r}); measure it again"
-        ) from error
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "start_s" not in stored:
+            raise ValueError("no start_s")
+        return stored
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not the run.json of a measured run ({error}); measure it again") from error
 
 
 def read_speed(folder: Path, servers: Sequence[str]) -> dict[str, SpeedTrace]:
     """How fast the host ran during a run, by server. Raises DataError when a file is missing or old."""
+    standings = _stored(folder).get("standings", {})
     traces = {}
     for name in servers:
         path = folder / f"steps_{name}.parquet"
@@ -77,7 +87,9 @@ def read_speed(folder: Path, servers: Sequence[str]) -> dict[str, SpeedTrace]:
             steps = pd.read_parquet(path, columns=["end_s", "host_slowness"])
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: not the steps of a measured run ({error}); measure it again") from error
-        traces[name] = SpeedTrace.of_steps(steps["end_s"].to_numpy(), steps["host_slowness"].to_numpy())
+        doubt = float(standings.get(name, {}).get("doubt", 0.0))
+        ends, slow = steps["end_s"].to_numpy(), steps["host_slowness"].to_numpy()
+        traces[name] = SpeedTrace.of_steps(ends, slow, doubt)
     return traces
 
 
@@ -107,19 +119,19 @@ def write_run(
     run: LiveRun,
     config: SimulationConfig,
     folder: Path,
-    probes_s: Mapping[str, float | None],
+    standings: Mapping[str, Standing],
     repeat: int = 0,
 ) -> None:
     """Write requests.parquet, gaps.parquet, steps_<server>.parquet and run.json.
 
-    probes_s: by server, what the speed probe took while its expert was profiled (see `host_speed`).
+    standings: by server, how it stood just before (see `standing`); none on a GPU.
     repeat: which requests of the configuration it sent (see `predict.live_workload`).
     """
     _parquet(run.requests, folder / "requests.parquet")
     gaps = {key: np.asarray(value) for key, value in dataclasses.asdict(run.gaps).items()}
     _parquet(pd.DataFrame(gaps), folder / "gaps.parquet")
     for name, log in run.logs.items():
-        steps = steps_frame(log, run.load.start_s, probes_s.get(name))
+        steps = steps_frame(log, run.load.start_s, standings.get(name))
         _parquet(steps, folder / f"steps_{name}.parquet")
     write_json(
         folder / "run.json",
@@ -128,6 +140,7 @@ def write_run(
             "repeat": repeat,
             "start_s": run.load.start_s,
             "end_s": run.load.end_s,
+            "standings": {name: dataclasses.asdict(item) for name, item in standings.items()},
             "unfinished": run.load.unfinished,
             "engines": {name: dict(log.meta) for name, log in run.logs.items()},
             "config": dataclasses.asdict(config),

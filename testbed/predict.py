@@ -53,6 +53,9 @@ def _step_times(
     """One step time per expert: coefficients by replication, scatter by replication and repeat."""
     times: list[StepTime] = []
     names = list(config.fleet.experts)
+    if replication:
+        draws = np.random.default_rng([config.seed + replication, 8, repeat])
+        speed = {name: trace.drawn(draws) for name, trace in speed.items()}
     for index, (name, expert) in enumerate(config.fleet.experts.items()):
         model = shared.expert(expert, f"fleet.experts.{name}")
         rng = np.random.default_rng([config.seed + replication, 5, index]) if replication else None
