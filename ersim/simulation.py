@@ -242,11 +242,15 @@ def _identities(config: SimulationConfig, experts: Sequence[ExpertModel]) -> dic
     return identities
 
 
-def _excursions(figures: Mapping[str, Any]) -> Iterator[str]:
-    """One warning per expert and range that a run really left."""
-    for name, block in figures["per_expert"].items():
-        for what, steps in block["steps_beyond_calibration"].items():
-            yield f"{name}: {steps} steps had more {what} than its calibration covers (interval widened)"
+def _excursions(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """One warning per expert and range that a replication really left, with the most steps of any."""
+    most: dict[tuple[str, str], int] = {}
+    for figures in summaries:
+        for name, block in figures["per_expert"].items():
+            for what, steps in block["steps_beyond_calibration"].items():
+                most[name, what] = max(steps, most.get((name, what), 0))
+    for (name, what), steps in most.items():
+        yield (f"{name}: up to {steps} steps had more {what} than its calibration covers (interval widened)")
 
 
 def _doubtful_intervals(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -273,7 +277,7 @@ def _summary(
     """The reported summary: what was run, then the combined figures."""
     warnings = sorted(
         {warning for expert in experts for warning in expert.calibration.warnings}
-        | set(_excursions(summaries[0]))
+        | set(_excursions(summaries))
         | set(_doubtful_intervals(config, summaries))
     )
     prompts = shared.prompt_set(config.workload.prompts)
@@ -294,6 +298,6 @@ def _summary(
         "engine_equals_vllm": VLLM_VERSION,
         "calibrated": all(expert.calibration.calibrated for expert in experts),
         "warnings": warnings,
-        "prompt_set": {"name": prompts.name, "digest": prompts.digest, "prompts": len(prompts.prompts)},
+        "prompt_set": prompts.identity(),
         **combine(summaries, config.uncertainty.level),
     }

@@ -280,7 +280,13 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
             color=colour,
             va="center",
             fontsize=10,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "relpos": (0.0, 0.5),  # from the text's left end: from its middle it would cross others
+            },
         )
 
 
@@ -288,6 +294,7 @@ def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     """Cost against p99 TTFT: one curve per fleet through its loads; lower left is better."""
     figure, axes = plt.subplots(figsize=(10.0, 5.6))
     figure.subplots_adjust(left=0.08, right=0.74, top=0.88, bottom=0.11)
+    shared = _same_loads(points)
     for index, line in enumerate(lines):
         own = points[(points["line"] == line) & points[COST_Y].notna()].sort_values("users")
         if own.empty:
@@ -296,7 +303,7 @@ def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
         colour, marker = _look(index)
         axes.plot(x, y, _dash(index), color=colour, marker=marker, markersize=5, linewidth=1.6, label=line)
         for users, here, cost in zip(own["users"], x, y, strict=True):
-            if users == own["users"].max():
+            if users == own["users"].max() and not shared:
                 axes.annotate(
                     f"{users:,.0f}",
                     (here, cost),
@@ -311,10 +318,22 @@ def _cost(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:
     axes.set_ylabel("US$ per million output tokens")
     _plain_ticks(axes)
     axes.set_title("Cost against tail latency\n", loc="left")
-    note = f"{title}; along each curve users grow up to the number at its end; lower left is better"
+    marked = (
+        f"each curve's points: {shared} users, from its top" if shared else "users grow to the number shown"
+    )
+    note = f"{title}; {marked}; lower left is better"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color="#555555")
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _same_loads(points: pd.DataFrame) -> str | None:
+    """The users that every line was run with, as text; None if lines differ or there are too many."""
+    loads = {tuple(sorted(group["users"])) for _, group in points[points[COST_Y].notna()].groupby("line")}
+    if len(loads) != 1:
+        return None
+    (own,) = loads
+    return ", ".join(f"{users:,.0f}" for users in own) if len(own) <= 8 else None
 
 
 def _quality(points: pd.DataFrame, lines: Sequence[str], title: str) -> Figure:

@@ -8,17 +8,21 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from experiments.expert_hints import config_dirs, hints_of
 from experiments.schema import RunConfig
 
 
 def print_hints(arguments: list[str], conf: Path) -> None:
     """For each override whose key does not exist, print the keys (and groups) that do."""
+    own = [Path(folder) for folder in config_dirs(arguments)]
     for argument in arguments:
         key, equals, _ = argument.lstrip("+~").partition("=")
         if equals and not key.startswith(("-", "hydra")) and "@" not in key:
-            hint = hint_for(key, conf)
+            hint = None if any((folder / key).is_dir() for folder in own) else hint_for(key, conf)
             if hint:
                 print(hint, file=sys.stderr)
+    for hint in hints_of(arguments, conf):
+        print(hint, file=sys.stderr)
 
 
 def hint_for(key: str, conf: Path) -> str | None:
@@ -68,6 +72,6 @@ def _inner(hint: Any) -> Any:
 
 def _no_such(key: str, parent: str, part: str, names: list[str]) -> str:
     near = difflib.get_close_matches(part, names, n=1)
-    guess = f"; did you mean {near[0]}?" if near else ""
+    guess = f"; did you mean {near[0]}?" if near else "."
     where = f"under {parent}" if parent else "at the top"
     return f"ersim: there is no {part!r} {where} (in {key!r}){guess} There are: {', '.join(names)}"

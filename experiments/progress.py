@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
+
+WIDE = 80  # columns of a terminal that has room for a bar
 
 
 class Progress:
@@ -24,7 +28,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             self._bar = self._make_bar()
-            self._task = self._bar.add_task("starting", total=self._total, left="")
+            self._task = self._bar.add_task("starting", total=self._total)
             self._bar.start()
         return self
 
@@ -37,16 +41,14 @@ class Progress:
     @staticmethod
     def _make_bar() -> Any:
         from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
-        columns = (
-            BarColumn(30),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.description}"),
-        )
-        return Bar(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        rest = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+        bar = [BarColumn(30)] if console.width >= WIDE else []
+        return Bar(*bar, rest, console=console, transient=True)
 
     def started(self, job: int, label: str) -> None:
         """Say that `job` runs now."""
@@ -71,11 +73,24 @@ class Progress:
         as many do, so heavy jobs that come first say too little about the light ones."""
         share = min(self._done_weight / self._total, self._done / len(self._weights))
         if share == 0:
-            return ""
+            return "time left not known yet"
         elapsed = time.perf_counter() - self._began_s
         return f"about {elapsed * (1 / share - 1):.0f} s left"
 
     def _show(self) -> None:
-        count = f"{self._done}/{len(self._weights)}"
+        """What matters most comes first: a narrow terminal cuts the end of the line."""
+        share, count = self._done_weight / self._total, f"{self._done}/{len(self._weights)}"
         running = " | ".join(self._running.values())
-        self._bar.update(self._task, description=running, left=f"{count}, {self._left()}".rstrip(", "))
+        self._bar.update(self._task, description=f"{share:4.0%} {count}, {self._left()}  {running}".rstrip())
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Show `what` on a terminal's standard error while it is done."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -17,6 +17,7 @@ from ersim.util.files import to_json, write_json
 from experiments.comparison import compare, judge, read_jobs, read_manifest, show, write_comparison
 from experiments.pairs import write_differences
 from experiments.paths import MLFLOW
+from experiments.progress import doing
 
 LAST = "last_sweep.json"
 
@@ -32,18 +33,21 @@ def finish(folder: Path, elapsed_s: float | None = None) -> dict[str, Any]:
     frame = compare(jobs, judged)
     write_comparison(folder, frame)
     write_differences(folder, judged)
-    began_s = time.perf_counter()
-    from experiments.figures import write_figures
-
-    figures = write_figures(frame, folder / "figures", _title(manifest, frame))
-    figures_s, began_s = time.perf_counter() - began_s, time.perf_counter()
-    logged = _log(folder, manifest, jobs, frame, figures)
     count = {status: int((frame["status"] == status).sum()) for status in ("finished", "failed", "missing")}
     print(show(frame))
     for job in jobs:
         if job["status"] == "failed":
             print(f"FAILED {job['line']} users={job['users']}: {job['error']['error']}")
-    print(f"\ncomparison and figures: {folder}")
+    sys.stdout.flush()
+    began_s = time.perf_counter()
+    with doing("drawing the figures"):
+        from experiments.figures import write_figures
+
+        figures = write_figures(frame, folder / "figures", _title(manifest, frame))
+    figures_s, began_s = time.perf_counter() - began_s, time.perf_counter()
+    print(f"\ncomparison and figures: {folder}", flush=True)
+    with doing("logging to MLflow"):
+        logged = _log(folder, manifest, jobs, frame, figures)
     if logged is not None:
         print("MLflow: `make ui` opens the comparison of this sweep in the browser")
     record = {

@@ -40,6 +40,10 @@ def _task(config: DictConfig) -> None:
     try:
         summary = run_job(config, folder, workers=cores() if single else 1)
     except ErsimError as error:
+        if single:
+            from experiments.single import log_failure
+
+            log_failure(config, folder)
         raise CompactHydraException(str(error)) from error
     if not single:
         return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from ersim.errors import ErsimError
 from ersim.util.files import to_json
 
 ROWS: tuple[tuple[str, str, str], ...] = (
@@ -42,10 +44,25 @@ def show_single(config: DictConfig, summary: dict[str, Any], folder: Path) -> No
     if config.tracking.enabled:
         from experiments.tracking import log_run
 
-        logged = log_run(folder, config, summary, config.tracking)
+        logged = log_run(folder, config, summary)
         print(f"MLflow: run {logged['run_id']} (`make ui` opens the UI)")
     scalars = {key: value for key, value in summary.items() if not isinstance(value, (dict, list))}
     print(to_json({"command": "ersim", "folder": str(folder), **scalars}, indent=None))
+
+
+def log_failure(config: DictConfig, folder: Path) -> None:
+    """Log a run that failed, if runs are logged; a store that cannot be used costs a line, not the error."""
+    if not config.tracking.enabled:
+        return
+    from experiments.check import preparations
+    from experiments.schema import to_run
+    from experiments.tracking import log_run
+
+    try:
+        prompts = preparations().prompt_set(to_run(config).workload.prompts)
+        log_run(folder, config, None, prompts.identity())
+    except ErsimError as error:
+        print(f"ersim: not logged: {error}", file=sys.stderr)
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ersim.errors import ErsimError
 from ersim.util.files import write_json, write_text
-from experiments.check import check_jobs
+from experiments.check import check_jobs, preparations
 from experiments.job import ERROR
 from experiments.schema import RunConfig
 
@@ -144,6 +144,7 @@ def manifest(
                 "fleet": run.fleet.name,
                 "users": run.users,
                 "seed": run.seed,
+                "prompt_set": preparations().prompt_set(run.workload.prompts).identity(),
                 "overrides": own,
             }
         )

@@ -135,12 +135,20 @@ def log_sweep(
 
 
 def log_run(
-    folder: Path, config: Mapping[str, Any], summary: dict[str, Any], settings: Mapping[str, Any]
+    folder: Path,
+    config: Mapping[str, Any],
+    summary: dict[str, Any] | None,
+    prompt_set: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Log one run that belongs to no sweep; {experiment_id, run_id}."""
+    """Log one run that belongs to no sweep; {experiment_id, run_id}.
+
+    Without a summary it failed, and error.json in its folder says why.
+    """
+    settings = config["tracking"]
     client = connect(settings["uri"])
     experiment = experiment_id(client, settings["experiment"], settings["uri"])
-    fleet, users = str(summary["fleet"]), int(summary["users"])
+    fleet, users = str(config["fleet"]["name"]), int(config["users"])
+    error = None if summary else json.loads((folder / "error.json").read_text(encoding="utf-8"))
     job = {
         "job": 0,
         "home": folder,
@@ -149,9 +157,10 @@ def log_run(
         "users": users,
         "seed": config["seed"],
         "overrides": {},
-        "status": "finished",
+        "status": "finished" if summary else "failed",
         "summary": summary,
-        "error": None,
+        "error": error,
+        "prompt_set": prompt_set,
     }
     return {"experiment_id": experiment, "run_id": _log_job(client, experiment, None, None, job)}
 
@@ -236,8 +245,9 @@ def _log_job(
     more = [RunTag("error", job["error"]["error"][:5000])] if job["error"] else []
     more += [RunTag("warning", "; ".join(summary["warnings"])[:5000])] if summary.get("warnings") else []
     _log_batches(client, run_id, metrics, job_params(job), more)
-    if summary.get("prompt_set"):
-        _log_dataset(client, run_id, summary["prompt_set"])
+    prompt_set = summary.get("prompt_set") or job.get("prompt_set")  # a failed job has no summary
+    if prompt_set:
+        _log_dataset(client, run_id, prompt_set)
     for file in JOB_FILES:
         if (job["home"] / file).is_file():
             client.log_artifact(run_id, str(job["home"] / file))

@@ -88,6 +88,10 @@ class PromptSet:
             sha.update(json.dumps(row, ensure_ascii=True).encode())
         return sha.hexdigest()
 
+    def identity(self) -> dict[str, str | int]:
+        """Name, digest and number of prompts, as summaries and the tracking store hold them."""
+        return {"name": self.name, "digest": self.digest, "prompts": len(self.prompts)}
+
 
 def load_prompt_set(config: PromptSetConfig) -> PromptSet:
     """The prompt set that the config describes: the built-in one, or a Parquet, CSV or JSONL file.

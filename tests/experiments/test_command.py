@@ -16,6 +16,34 @@ BAD_INPUT = {
     "unknown group": (("flet=er_mixed",), 1, ["flet", "did you mean fleet?"]),
     "unknown key": (("workload.think=3",), 1, ["workload", "did you mean think_s?"]),
     "unknown key of an expert": (("fleet.experts.code.modell=x",), 1, ["did you mean model?", "precision"]),
+    "unknown expert": (
+        ("fleet=er_mixed", "fleet.experts.code_mat.replicas=2"),
+        1,
+        ["er_mixed", "'code_mat'", "did you mean code_math?", "science_medicine", "llama3_8b_int4"],
+    ),
+    "unknown expert, added": (
+        ("+fleet.experts.cook.tp=2",),
+        1,
+        ["'cook'", "history", "expert@fleet.experts.cook"],
+    ),
+    "unknown expert, removed": (("~fleet.experts.cook",), 1, ["'cook'", "history"]),
+    "a name for an expert's values": (
+        ("fleet.experts.code=llama3_8b_int4",),
+        1,
+        ["expert@fleet.experts.code=llama3_8b_int4"],
+    ),
+    "unknown file for an expert": (("expert@fleet.experts.code=nope",), 1, ["nope", "llama3_8b_int4"]),
+    "gpu at the top": (("gpu=h900",), 1, ["fleet.gpu=NAME", "no 'h900'", "h100-80gb"]),
+    "calibration at the top": (
+        ("calibration=best",),
+        1,
+        ["calibration=list", "fleet.experts.EXPERT.calibration"],
+    ),
+    "quotes in a mapping": (
+        ("prompts=file", 'workload.prompts.quality_columns={"*":"score__*"}'),
+        1,
+        ["'+workload.prompts.quality_columns={*:score__*}'"],
+    ),
     "wrong type": (("users=many",), 1, ["users", "many", "Integer"]),
     "no users": (("users=0",), 2, ["users must be >= 1, got 0"]),
     "unknown precision": (("fleet.experts.code.precision=int3",), 2, ["precision", "int4", "'int3'"]),
@@ -140,3 +168,47 @@ def test_fitted_routers_are_kept_where_an_environment_variable_says(
     monkeypatch.delenv("ERSIM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_dir() == tmp_path / "ersim"
+
+
+def test_an_unknown_expert_of_a_fleet_of_ones_own_lists_that_fleets_experts(ersim: Callable) -> None:
+    Path("mine/fleet").mkdir(parents=True)
+    Path("mine/fleet/own.yaml").write_text(
+        "defaults: [{/expert@experts.cooking: llama3_8b_int4}, _self_]\nname: own\n"
+    )
+    run = ersim("--config-dir", "mine", "fleet=own", "fleet.experts.code.tp=2")
+    assert run.code == 1 and "fleet own has no expert 'code'" in run.err and "cooking" in run.err
+
+
+def test_a_star_stands_for_every_model_on_the_command_line_too(ersim: Callable) -> None:
+    pd.DataFrame(
+        {
+            "prompt": [f"text {n} about music and law" for n in range(40)],
+            "score__llama": [n % 2 for n in range(40)],
+            "score__qwen": [1 - n % 2 for n in range(40)],
+        }
+    ).to_csv("mine.csv")
+    options = ("prompts=file", "workload.prompts.path=mine.csv", "workload.prompts.domain_column=null")
+    run = ersim(
+        *QUICK,
+        *options,
+        "+workload.prompts.quality_columns={*:score__*}",
+        "router=random",
+        "hydra.run.dir=out",
+    )
+    assert run.code == 0, run.err
+    config = yaml.safe_load(Path("out/config.yaml").read_text())
+    assert config["workload"]["prompts"]["quality_columns"] == {"*": "score__*"}
+
+
+def test_a_single_run_that_fails_is_a_failed_run_in_mlflow(ersim: Callable) -> None:
+    lengths = "lengths=constant workload.lengths.prompt_tokens=9000 tracking.enabled=true"
+    run = ersim(*QUICK, *lengths.split())
+    assert run.code == 1
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{run.folder.parent / 'store' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("ersim")
+    assert experiment is not None
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.info.status == "FAILED" and "no request finished" in logged.data.tags["error"]
+    assert logged.inputs.dataset_inputs[0].dataset.name == "built-in"

@@ -163,6 +163,15 @@ def test_figures_draw_every_line_in_a_colour_of_its_own(tmp_path: Path) -> None:
         assert tuple(bytes.fromhex(colour[1:])) in seen
 
 
+def test_the_cost_figure_names_the_loads_that_all_lines_share() -> None:
+    from experiments.figures import COST_Y, _same_loads
+
+    rows = [(name, users, users * 10.0, 1.0, 9.0) for name in ("a", "b") for users in (1, 10, 1000)]
+    frame = frame_of(rows).assign(**{COST_Y: 1.0})
+    assert _same_loads(frame) == "1, 10, 1,000"
+    assert _same_loads(frame.iloc[:-1]) is None
+
+
 def test_no_finished_job_no_figure(tmp_path: Path) -> None:
     frame = frame_of([("a", 1, 1.0, 0.0, 2.0)]).assign(status="failed")
     assert write_figures(frame, tmp_path, "test") == []

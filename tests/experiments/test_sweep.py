@@ -92,6 +92,11 @@ def test_failed_jobs_are_failed_runs_and_the_rest_is_kept(ersim: Callable) -> No
     assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
     failed = next(child for child in children if child.info.status == "FAILED")
     assert "no request finished" in failed.data.tags["error"]
+    sets = {
+        (item.inputs.dataset_inputs[0].dataset.name, item.inputs.dataset_inputs[0].dataset.digest)
+        for item in children
+    }
+    assert len(sets) == 1  # the failed run names the prompt set that the finished one names
     error = json.loads(next((run.folder / "sweep").glob("*/error.json")).read_text())
     assert error["kind"] == "SimulationError"
 
