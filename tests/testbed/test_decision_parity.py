@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from ersim.config import (
     UncertaintyConfig,
     WorkloadConfig,
 )
-from ersim.routing import build_policy
+from ersim.routing import build_policy, load_policy
 from ersim.types import ExpertState, Prompt
 
 PROMPTS = 500
@@ -39,14 +40,18 @@ def config() -> SimulationConfig:
     )
 
 
-async def test_500_prompts_get_500_identical_decisions(config: SimulationConfig, make_gateway: Any) -> None:
+async def test_500_prompts_get_500_identical_decisions(
+    config: SimulationConfig, make_gateway: Any, tmp_path: Path
+) -> None:
     shared = ersim.Preparations()
+    file = tmp_path / "policy.ersim"
+    shared.routing(config).policy.save(file)
     rows = ersim.simulate(config, shared).requests
     simulated = dict(zip(rows["prompt_index"], rows["expert"], strict=True))
     prompts = shared.prompt_set(config.workload.prompts).prompts
     asked = sorted(simulated)[:PROMPTS]
     assert len(asked) == PROMPTS
-    setup = await make_gateway(experts=8, policy=shared.routing(config).policy)
+    setup = await make_gateway(experts=8, policy=load_policy(file, list(config.fleet.experts)))
     different = []
     for index in asked:
         body = {
