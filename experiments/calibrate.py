@@ -66,6 +66,8 @@ def describe(calibration: Calibration, path: Path) -> dict[str, Any]:
         "vllm_version": calibration.vllm_version,
         "valid": {key: list(bounds) for key, bounds in calibration.valid.items()},
         "held_out_mape": fit.get("held_out_mape"),
+        "held_out_prefill_mape": fit.get("held_out_prefill_mape"),
+        "runs_tpot_mape": fit.get("runs_tpot_mape"),
         "step_interval": step_interval(calibration),
         "kv_blocks": calibration.kv_blocks,
         "digest": calibration.digest[:12],
@@ -76,7 +78,7 @@ def describe(calibration: Calibration, path: Path) -> dict[str, Any]:
 def step_interval(calibration: Calibration) -> float:
     """Half width of the 90 % interval of a typical decode step, as a share of it.
 
-    The step has up to 32 rows of 1,024 tokens each. From 256 draws of the coefficients' covariance; what
+    The step has up to 32 rows of 1,024 tokens each. From 4,096 draws of the coefficients' covariance; what
     each term is worth in the step is worked out once.
     """
     import numpy as np
@@ -85,7 +87,7 @@ def step_interval(calibration: Calibration) -> float:
     worth = np.asarray([_worth_s(term, rows, 1024) for term in calibration.terms])
     sides = np.asarray([term["side"] for term in calibration.terms])
     rng = np.random.default_rng(0)
-    draws = rng.multivariate_normal(calibration.theta, calibration.covariance, 256, method="eigh")
+    draws = rng.multivariate_normal(calibration.theta, calibration.covariance, 4096, method="eigh")
     draws = np.maximum(draws, 0.0) * worth
     step = np.maximum(draws[:, sides != "host"].sum(axis=1), draws[:, sides != "gpu"].sum(axis=1))
     return round(1.645 * float(np.std(step) / np.mean(step)), 4)
@@ -120,16 +122,26 @@ def _worth_s(term: Mapping[str, Any], rows: int, context: int) -> float:
 def show_list() -> list[dict[str, Any]]:
     """Print one line per calibration; returns what was printed."""
     found = [describe(load(path), path) for path in list_files()]
-    head = ("calibration", "source", "date", "vLLM", "tokens", "rows", "context", "held-out", "90 % step")
-    print("{:46} {:9} {:10} {:8} {:>9} {:>7} {:>9} {:>8} {:>9}".format(*head))
+    names = ("calibration", "source", "date", "vLLM", "tokens", "rows", "context")
+    head = (*names, "decode", "prefill", "runs", "90 % step")
+    print(f"{'':96} ---- held-out error ----")
+    print("{:46} {:9} {:10} {:8} {:>9} {:>7} {:>9} {:>8} {:>8} {:>8} {:>9}".format(*head))
     for row in found:
-        error = "" if row["held_out_mape"] is None else f"{100 * row['held_out_mape']:.1f} %"
+        keys = ("held_out_mape", "held_out_prefill_mape", "runs_tpot_mape")
+        errors = ["-" if row[key] is None else f"{100 * row[key]:.1f} %" for key in keys]
         label = row["source"] + ("*" if row["derived"] else "")
         tokens, rows, context = (_span(row["valid"], k) for k in ("tokens", "decode_seqs", "context_tokens"))
         print(
             f"{row['name']:46} {label:9} {row['date'] or '':10} {row['vllm_version'] or '':8} "
-            f"{tokens:>9} {rows:>7} {context:>9} {error:>8} ±{100 * row['step_interval']:6.1f} %"
+            f"{tokens:>9} {rows:>7} {context:>9} {errors[0]:>8} {errors[1]:>8} {errors[2]:>8} "
+            f"±{100 * row['step_interval']:6.1f} %"
         )
+    print(
+        "held-out error, mean absolute: decode and prefill, of points of the curves by tokens, each guessed"
+    )
+    print("  from its neighbours without it (of recorded steps: of steps left out, all kinds);")
+    print("  runs, of TPOTs of published runs with coefficients from others (-: no run has judged it)")
+    print("90 % step: the interval of a decode step of 32 rows with 1,024 tokens each")
     print("tokens, rows, context: what one step may hold before a run warns and widens its interval")
     print("* derived from other measurements (show=NAME tells how), with a wider interval")
     return found

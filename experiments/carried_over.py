@@ -17,7 +17,14 @@ from ersim.steptime.calibration import Calibration, find
 from ersim.steptime.evaluate import PreparedStepTime, graph_sizes
 from ersim.steptime.transfer import Setting, build_transfer, nearest
 from ersim.types import Batch
-from experiments.overheads import Observation, Overheads, load_observations, load_prior, posterior
+from experiments.overheads import (
+    Observation,
+    Overheads,
+    load_observations,
+    load_prior,
+    posterior,
+    predicted_tpot_ms,
+)
 
 FloatArray = npt.NDArray[np.float64]
 DECODES = ((1, 512), (8, 1024), (32, 1024), (64, 2048), (128, 512))  # rows and context of each
@@ -106,9 +113,7 @@ def left_out() -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def _error(row: Observation, found: Overheads, prior: Overheads) -> float:
-    relative = dict(zip(found.names, found.mean / prior.mean, strict=True))
-    predicted = sum(part * float(relative[name]) for name, part in row.parts_ms.items())
-    return predicted / row.tpot_ms - 1
+    return predicted_tpot_ms(row, found, prior) / row.tpot_ms - 1
 
 
 def main() -> None:

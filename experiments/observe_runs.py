@@ -51,8 +51,10 @@ def with_overheads(calibration: Calibration, overheads: Overheads) -> Calibratio
             ratio = overheads.value("decode attention fp8 KV") / overheads.value("decode attention")
             term = {**term, "fp8_scale": ratio}
         terms.append(term)
-    derived = calibration.derived is not None
-    theta, covariance = coefficients(terms, overheads, calibration.source, calibration.precision, derived)
+    derived, more = calibration.derived is not None, float(calibration.fit.get("maps_rel_std", 0.0))
+    theta, covariance = coefficients(
+        terms, overheads, calibration.source, calibration.precision, derived, more
+    )
     return dataclasses.replace(
         calibration,
         terms=tuple(terms),
@@ -137,7 +139,7 @@ def observe(case: Case, group: str, prior: Overheads) -> Observation | None:
         if name == "decode attention" and expert.engine.kv_cache_dtype == "fp8":
             name = "decode attention fp8 KV"
         parts[name] = parts.get(name, 0.0) + float(share) * predicted
-    return Observation(case.run, fold(case), measured, parts)
+    return Observation(case.run, fold(case), calibration.name, measured, parts)
 
 
 def fold(case: Case) -> str:

@@ -83,6 +83,7 @@ class Case:
     milliseconds by group ("" where there is one group only) and metric name. sessions: of a staged run
     the session that each group's requests have; a group that is missing means all requests.
     ttft_from_queue: whether TTFT counts from the engine's queue instead of the client's sending.
+    variant: what this case does otherwise than the run says, for an extra prediction of it.
     """
 
     run: str
@@ -95,6 +96,7 @@ class Case:
     ttft_from_queue: bool = False
     notes: tuple[str, ...] = ()
     sessions: Mapping[str, int] = field(default_factory=dict)
+    variant: str = ""
 
 
 def read_runs(folder: Path, skipped: list[str] | None = None) -> list[Case]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from ersim.config import FleetConfig, GatewayConfig, RouterConfig, SimulationConfig, UncertaintyConfig
@@ -16,11 +17,13 @@ from ersim.system import System
 from ersim.types import ExpertState, Prompt, StepTime
 from experiments.published_runs import Case, make_workload, request_count
 
+FloatArray = npt.NDArray[np.float64]
+
 
 def simulate_case(
     case: Case, expert: ExpertModel, step_time: StepTime, frontend: Mapping[str, float], seed: int
 ) -> pd.DataFrame:
-    """One row per request of one replication; raises SimulationError when a request did not finish.
+    """One row per request of one replication, with `queued_s`; SimulationError when one did not finish.
 
     frontend: seconds the API server adds (request_s, per_prompt_token_s); nothing where TTFT was
     measured from the engine's queue.
@@ -47,12 +50,28 @@ def simulate_case(
     prompts = [Prompt("0", "published", "published")]
     policy = build_policy(config.router, [ExpertState("expert", case.expert.model, (), (), 0)], prompts, seed)
     output = System(config, [expert], [step_time], prompts, workload, policy, [0], seed).run()
+    log = output.step_logs[0][0]
     requests = output.requests
+    requests["queued_s"] = taken_in_s(
+        requests.submit_s.to_numpy(), log.column("end_s"), log.column("duration_s")
+    )
     unfinished = requests[requests.status != COMPLETED]
     if len(unfinished):
         why = unfinished.iloc[0]["error"]
         raise SimulationError(f"{case.run} {case.row}: {len(unfinished)} requests did not finish: {why}")
     return requests
+
+
+def taken_in_s(submit_s: FloatArray, end_s: FloatArray, duration_s: FloatArray) -> FloatArray:
+    """When the engine takes requests in, which vLLM stamps as queued: not before the running step's end.
+
+    Its core reads new requests only between steps. submit_s: (n,); end_s, duration_s: (steps,), in order.
+    """
+    index = np.searchsorted(end_s, submit_s)
+    running = index < len(end_s)
+    step = np.minimum(index, len(end_s) - 1)
+    running &= end_s[step] - duration_s[step] < submit_s
+    return np.where(running, end_s[step], submit_s)
 
 
 def figures(requests: pd.DataFrame, case: Case, group: str) -> dict[str, float]:
@@ -62,7 +81,7 @@ def figures(requests: pd.DataFrame, case: Case, group: str) -> dict[str, float]:
     """
     session = case.sessions.get(group)
     rows = requests if session is None else requests[requests.session == session]
-    start = rows.submit_s if case.ttft_from_queue else rows.send_s
+    start = rows.queued_s if case.ttft_from_queue else rows.send_s
     ttft = 1e3 * (rows.first_token_s - start).to_numpy()
     e2el = 1e3 * (rows.last_token_s - start).to_numpy()
     several = rows.output_tokens.to_numpy() > 1

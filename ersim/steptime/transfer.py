@@ -33,7 +33,10 @@ LINK_EFFICIENCY = 0.7  # of the link, where the base has no all-reduce to carry 
 FEW_TOKENS = 16  # up to here a linear map costs the loading of its weights
 FILE_NAME = re.compile(r"(.+)_([a-z0-9]+)_tp(\d)_(?:tables|profile)\.json")
 # What weighs in choosing the nearest base, in the logs of rates: another GPU, precision, TP, derivation.
-GPU_DISTANCE, PRECISION_DISTANCE, TP_DISTANCE, DERIVED_DISTANCE = 0.5, 1.5, 0.1, 0.3
+GPU_DISTANCE, PRECISION_DISTANCE, TP_DISTANCE, DERIVED_DISTANCE = 0.5, 2.5, 0.1, 0.3
+# Not the same kernels: Hopper runs FlashAttention 3, the others 2; and memory of another kind (GDDR, HBM).
+ATTENTION_DISTANCE, MEMORY_DISTANCE = 0.6, 0.6
+HOPPER, GDDR = re.compile(r"g?h[12]00"), re.compile(r"rtx|l4|a10(?!0)|a40")
 
 
 @dataclass(frozen=True)
@@ -278,7 +281,8 @@ MOVES: Mapping[str, Callable[..., dict[str, Any]]] = {
 def nearest(target: Setting, leave_out: Sequence[str] = ()) -> Calibration | None:
     """The committed calibration of the same model to carry over from; None when there is none.
 
-    The nearest GPU in reached bandwidth and peak, then precision and TP. Another model is none: per layer
+    The nearest GPU in attention kernels, kind of memory, reached bandwidth and peak, then precision and TP.
+    Another model is none: per layer
     a larger model's linear maps reach a larger share of the peak (18 to 35 % between 8B and 70B).
     leave_out: GPUs whose calibrations must not be used, to judge what is carried over.
     """
@@ -320,6 +324,8 @@ def _distance(base: _Base, target: Setting) -> float:
         peak = target.gpu.flops["bf16"] * target.gpu.flops_efficiency
         peak /= origin.gpu.flops["bf16"] * origin.gpu.flops_efficiency
         away += GPU_DISTANCE + abs(math.log(target.bandwidth / origin.bandwidth)) + 0.5 * abs(math.log(peak))
+        for kind, distance in ((HOPPER, ATTENTION_DISTANCE), (GDDR, MEMORY_DISTANCE)):
+            away += distance * (bool(kind.match(base.gpu)) != bool(kind.match(target.gpu.name)))
     # An A100 dequantises fp8 weights, an H100 multiplies in fp8: not the same kernels under one name.
     natively = (base.precision in origin.gpu.flops) == (target.precision in target.gpu.flops)
     away += PRECISION_DISTANCE * (base.precision != target.precision or not natively)

@@ -9,6 +9,7 @@ from experiments.overheads import (
     HOST_TERMS,
     Observation,
     Overheads,
+    held_out_runs,
     load_observations,
     load_overheads,
     load_prior,
@@ -28,7 +29,7 @@ def test_no_observation_changes_nothing():
 def test_many_observations_of_one_part_find_its_coefficient():
     """The part "a" is measured 10 % slower than told, "b" as told."""
     rows = [
-        Observation("r", "g", 1.1 * a + b, {"a": a, "b": b}) for a in (1, 2, 3, 5) for b in (1, 2, 4)
+        Observation("r", "g", "c", 1.1 * a + b, {"a": a, "b": b}) for a in (1, 2, 3, 5) for b in (1, 2, 4)
     ] * 20
     found = posterior(_prior(), rows)
     assert found.mean == pytest.approx([1.1, 2.0], rel=0.01)
@@ -37,7 +38,7 @@ def test_many_observations_of_one_part_find_its_coefficient():
 
 def test_the_update_equals_the_formula_for_one_parameter():
     prior = Overheads(("a",), np.asarray([1.0]), np.asarray([[0.01]]), 0.05, 0.1, 0.03, {})
-    found = posterior(prior, [Observation("r", "g", 1.2, {"a": 1.0})])
+    found = posterior(prior, [Observation("r", "g", "c", 1.2, {"a": 1.0})])
     share = 1.0 / 1.2
     precision = 1 / 0.01 + share**2 / 0.05**2
     assert found.mean[0] == pytest.approx((1 / 0.01 + share / 0.05**2) / precision)
@@ -56,3 +57,12 @@ def test_leaving_a_run_out_ignores_it():
 def test_every_host_term_has_a_prior():
     names = load_prior().names
     assert all(label in names for _, _, label in HOST_TERMS)
+
+
+def test_whole_runs_judge_the_calibrations_they_ran_on():
+    assert held_out_runs("a100-80gb/llama3.1-70b_int4_tp1_tables") is None
+    found = held_out_runs("h200-141gb/llama3.1-70b_fp8_tp4_tables")
+    assert found is not None and found[1] == 15 and 0.0 < found[0] < 0.04
+    assert sum(
+        (held_out_runs(name) or (0, 0))[1] for name in {row.calibration for row in load_observations()}
+    ) == len(load_observations())

@@ -15,7 +15,18 @@ from experiments.overheads import load_observations
 from experiments.published_names import engine_settings, gpu_name, model_name, precision_name, version
 from experiments.published_runs import make_workload, metric_name, read_runs, request_count
 from experiments.published_workloads import PooledUsers
-from experiments.validate_published import Comparison, _is_of, judged_expert, predict, report
+from experiments.simulate_published import taken_in_s
+from experiments.validate_published import (
+    SEEN,
+    Comparison,
+    Options,
+    _is_of,
+    judged_expert,
+    notes_of,
+    predict,
+    report,
+    with_predicted_blocks,
+)
 
 ROWS = """model,gpu,precision,isl,osl,concurrency,tp,ttft_ms,tpot_ms
 meta-llama/Llama-3.1-8B,h100_sxm,fp8,256,64,4,1,60,6.5
@@ -78,7 +89,7 @@ def test_all_kinds_are_read(runs):
 
 
 def test_every_kind_is_predicted_with_an_interval(runs):
-    rows = [row for case in read_runs(runs) for row in predict(case, replications=4)]
+    rows = [row for case in read_runs(runs) for row in predict(case, Options(replications=4))]
     assert len(rows) == 2 + 5 + 2 * 3
     assert all(0 < row.low < row.predicted < row.high for row in rows)
     assert all(row.half_width <= 0.2501 for row in rows)
@@ -218,10 +229,10 @@ def test_a_judged_run_never_saw_itself_under_any_folder_name(runs):
 
 def test_another_gpus_calibration_is_carried_over_when_asked(runs):
     (case,) = read_runs(runs / "closed")
-    own, other = judged_expert(case), judged_expert(case, other_gpus=True)
+    own, other = judged_expert(case), judged_expert(case, Options(other_gpus=True))
     assert own.calibration.name.startswith("h100-80gb/")
     assert "carried over from h200-141gb/llama3.1-8b_fp8_tp1" in other.calibration.name
-    rows = [(row.error, row.half_width) for row in predict(case, 2, other_gpus=True)]
+    rows = [(row.error, row.half_width) for row in predict(case, Options(2, other_gpus=True))]
     assert len(rows) == 2 and all(width <= 0.2501 for _, width in rows)
 
 
@@ -237,3 +248,38 @@ def test_statistics_are_named_as_they_are_measured():
 def test_a_measurement_outside_is_said():
     row = Comparison("r", "x", "", "mean_ttft_ms", 10.0, 12.0, 11.0, 13.0, "c", "")
     assert not row.inside and row.error == pytest.approx(0.2)
+
+
+def test_a_cut_interval_is_counted_and_its_loss_said(capsys):
+    fine = Comparison("r", "x", "", "mean_ttft_ms", 10.0, 10.0, 9.0, 11.0, "c", "")
+    lost = dataclasses.replace(fine, measured=14.0, low=8.0, high=12.5, uncut=(6.0, 16.0))
+    kept = dataclasses.replace(lost, measured=12.0)
+    extra = dataclasses.replace(lost, variant="with something else")
+    assert lost.lost_by_cut and not kept.lost_by_cut and not fine.lost_by_cut
+    told = report([fine, lost, kept, extra], [], [])
+    assert (told["figures"], told["cut"], told["lost_by_cut"]) == (3, 2, 1)
+    assert told["inside_share"] == pytest.approx(2 / 3), "an extra is not judged"
+    assert "2 of 3 intervals were wider than ±25 %" in capsys.readouterr().out
+
+
+def test_recorded_kv_blocks_are_predicted_as_well(runs):
+    closed, single, _ = read_runs(runs)
+    assert with_predicted_blocks(closed) is None
+    free = with_predicted_blocks(single)
+    assert free is not None and free.expert.engine.kv_blocks is None
+    assert "not the recorded 2,588" in free.variant
+
+
+def test_a_run_that_was_looked_at_is_said_to_be_not_blind_under_any_name(runs):
+    _, single, _ = read_runs(runs)
+    assert not any("NOT BLIND" in note for note in notes_of([single]))
+    seen = next(row for row in load_observations() if row.run in SEEN)
+    copy = dataclasses.replace(single, run="copy", measured={"": {"mean_tpot_ms": seen.tpot_ms}})
+    assert any(note.startswith("copy is NOT BLIND") for note in notes_of([copy]))
+    assert any("NOT BLIND" in note for note in notes_of([dataclasses.replace(single, run=seen.run)]))
+
+
+def test_requests_are_taken_in_between_steps():
+    end, duration = np.asarray([1.0, 2.0, 5.0]), np.asarray([1.0, 1.0, 1.0])
+    queued = taken_in_s(np.asarray([0.5, 1.5, 3.0, 4.5, 6.0]), end, duration)
+    assert queued.tolist() == [1.0, 2.0, 3.0, 5.0, 6.0]

@@ -12,10 +12,10 @@ from ersim.errors import DataError
 from ersim.steptime import build_expert_model, load_gpu, load_model
 from ersim.steptime.calibration import find, load
 from ersim.types import Batch
-from experiments.build_calibration import from_profile, from_tables
+from experiments.build_calibration import from_profile, from_tables, held_out
 from experiments.layer_profile import LayerProfile, fit_mixed
 from experiments.op_tables import GemmTable, OpTables, layer_shapes, linear_maps_s, split_linear
-from experiments.overheads import load_overheads
+from experiments.overheads import coefficients, load_overheads
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 TABLE_DIR, PROFILE_DIR = DATA / "gpu-op-tables", DATA / "layer-profiles"
@@ -127,3 +127,26 @@ def test_mixed_attention_is_fitted_within_a_tenth():
     theta, error = fit_mixed(profile.attention())
     assert error < 0.1
     assert all(value > 0 for value in theta.values())
+
+
+def test_the_held_out_error_of_a_stepped_curve_is_not_the_height_of_its_steps():
+    """Both ends of each tile are measured: a curve of steps is known, a point off its tiles' line is not."""
+    ends = [1, *range(2, 17), *(x for tile in range(1, 20) for x in (16 * tile + 1, 16 * (tile + 1)))]
+    tokens = sorted(set(ends))
+    steps = [100.0 * -(-n // 16) for n in tokens]
+    found = held_out([{"kind": "tokens", "tokens": tokens, "time_us": steps}])
+    assert found["held_out_mape"] < 0.01 and found["held_out_prefill_mape"] < 0.01
+    steps[tokens.index(64)] *= 1.5
+    worse = held_out([{"kind": "tokens", "tokens": tokens, "time_us": steps}])
+    assert worse["held_out_mape"] > found["held_out_mape"] + 0.005
+    assert worse["held_out_prefill_mape"] == found["held_out_prefill_mape"]
+
+
+def test_doubt_of_the_curves_widens_linear_maps_alone():
+    terms = [{"label": "weights"}, {"label": "decode attention"}]
+    overheads = load_overheads()
+    plain, wide = (
+        np.asarray(coefficients(terms, overheads, "tables", "bf16", False, s)[1]) for s in (0.0, 0.1)
+    )
+    assert wide[0, 0] == pytest.approx(plain[0, 0] + 0.01 * overheads.value("weights") ** 2, rel=1e-3)
+    assert wide[1, 1] == plain[1, 1]

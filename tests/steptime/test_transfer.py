@@ -102,3 +102,12 @@ def test_another_model_is_a_roofline():
     expert = build_expert_model(ExpertConfig(model="qwen3-8b"), "expert").calibration
     assert expert.source == "roofline"
     assert nearest(Setting(load_model("qwen3-8b"), load_gpu("l40s"), "bf16", 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "base"),
+    [("h100-pcie", "h100-80gb"), ("rtx5090", "rtxpro6000"), ("l40s", "rtx4090"), ("a100-40gb", "a100-80gb")],
+)
+def test_the_nearest_gpu_has_the_same_kernels_and_kind_of_memory(gpu: str, base: str) -> None:
+    found = nearest(Setting(load_model("llama3.1-8b"), load_gpu(gpu), "bf16", 1))
+    assert found is not None and found.gpu == base
