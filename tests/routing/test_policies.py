@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ersim.config import RouterConfig
+from ersim.errors import ConfigError
 from ersim.routing import build_policy, load_policy, policy_names
 from ersim.types import FleetState, Prompt, RoutingQuery
 
@@ -204,6 +205,10 @@ def test_cost_weight_moves_requests_to_cheap_experts_without_training(
         policy.adjust(cost_weight=weight)
         dear.append(np.mean(policy.decide(policy.score(asked)) == 4))
     assert dear == sorted(dear, reverse=True) and dear[-1] == 0.0
+    for wrong in ({"cost_weight": float("inf")}, {"load_weight": 0.5, "cost_weight": -1.0}, {"prices": {}}):
+        with pytest.raises(ConfigError):
+            policy.adjust(**wrong)
+        assert (policy.cost_weight, policy.load_weight) == (2.0, 0.0)
 
 
 def test_random_follows_its_weights_and_round_robin_is_even(fleet: FleetState) -> None:

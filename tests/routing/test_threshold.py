@@ -88,6 +88,18 @@ def test_only_run_time_settings_can_change_later(pair: FleetState, prompts: list
         policy.adjust(predictor="knn")
 
 
+def test_a_refused_setting_changes_nothing(pair: FleetState, prompts: list[Prompt]) -> None:
+    policy = fit(pair, prompts, share=0.3)
+    before = policy.threshold
+    for wrong in ({"threshold": 7.0}, {"share": 2.0}, {"budget": 1e-9}, {"share": 0.1, "quality": 0.5}):
+        with pytest.raises(ConfigError):
+            policy.adjust(**wrong)
+        policy.adjust()
+        assert policy.threshold == before
+    policy._apply()
+    assert policy.threshold == before
+
+
 def test_a_tier_of_several_experts_spreads_by_load(make_fleet, make_prompts, replica) -> None:  # type: ignore[no-untyped-def]
     from dataclasses import replace
 

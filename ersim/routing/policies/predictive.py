@@ -6,6 +6,7 @@ network on soft labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,18 +68,20 @@ class Predictive(Policy):
         self.max_chars = self.features.max_chars
 
     def adjust(self, **settings: Any) -> None:
-        """Change cost_weight or load_weight without training."""
+        """Change cost_weight or load_weight without training; a refused setting changes nothing."""
+        asked = {"cost_weight": self.cost_weight, "load_weight": self.load_weight}
         for key, value in settings.items():
-            if key not in ("cost_weight", "load_weight"):
+            if key not in asked:
                 raise ConfigError(
                     f"router.params.{key} cannot change without training policy {self.name} again; "
                     "at run time only cost_weight and load_weight can"
                 )
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise bad_value(f"router.params.{key}", "a number >= 0", value)
-            setattr(self, key, float(value))
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise bad_value(f"router.params.{key}", "a finite number >= 0", value)
+            asked[key] = float(value)
+        self.cost = self._relative_prices(asked["cost_weight"])
+        self.cost_weight, self.load_weight = asked["cost_weight"], asked["load_weight"]
         self._look_at_load()
-        self.cost = self._relative_prices()
 
     def fit(self, prompts: Sequence[Prompt], seed: int) -> None:
         """Learn each expert's quality; a prompt without an expert's label counts with its mean."""
@@ -117,9 +120,9 @@ class Predictive(Policy):
             return super().choose(scores_row, fleet)
         return Decision(best, f"{self.name}: value {float(worth[best]):.3f}")
 
-    def _relative_prices(self) -> Scores:
-        """Price of each expert over the dearest one's; zeros (no cost) while cost_weight is 0."""
-        if self.cost_weight == 0.0:
+    def _relative_prices(self, cost_weight: float) -> Scores:
+        """Price of each expert over the dearest one's; zeros (no cost) while the weight is 0."""
+        if cost_weight == 0.0:
             return np.zeros(len(self.experts))
         prices = [self._prices.get(p.name, mean_price(p)) for p in self.profiles]
         if any(price is None for price in prices):

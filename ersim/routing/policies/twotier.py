@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ersim.errors import ConfigError, DataError, bad_value
+from ersim.errors import ConfigError, DataError, ErsimError, bad_value
 from ersim.routing.evaluation import gap_curve
 from ersim.routing.policy import HOPELESS, ExpertProfile, Policy, Scores, expert_is_healthy, expert_load
 from ersim.routing.tiers import find_tiers, mean_price
@@ -80,7 +80,7 @@ class TwoTier(Policy):
     def adjust(self, **settings: Any) -> None:
         """Set one of threshold, share, quality, budget; ConfigError names what is out of range.
 
-        Without settings everything stays as it was fitted.
+        Without settings everything stays as it was fitted; a refused setting changes nothing.
         """
         known = ("threshold", "share", "quality", "budget")
         for key in settings:
@@ -89,9 +89,15 @@ class TwoTier(Policy):
                     f"router.params.{key} cannot change without training policy {self.name} again; "
                     f"at run time only one of {', '.join(known)} can"
                 )
-        if settings:
-            self._target = _one_target(**settings)
+        if not settings:
+            return
+        before = self._target
+        self._target = _one_target(**settings)
+        try:
             self._apply()
+        except ErsimError:
+            self._target = before
+            raise
 
     def _find_tiers(self, prompts: Sequence[Prompt]) -> None:
         self.strong, self.weak = find_tiers(self.profiles, self._strong_name, self._weak_name, prompts)
