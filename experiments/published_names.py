@@ -70,6 +70,7 @@ FLAGS = (
 )
 # Settings that change what a step is; a run that used them is not predicted rather than predicted wrongly.
 REFUSED = ("pipeline_parallel_size", "data_parallel_size", "num_speculative_tokens", "speculative_config")
+UNMODELLED_PRECISIONS = re.compile(r"fp4|fp6|w4a4|gguf|nf4|bitsandbytes|\b[23]-?bit|int[23]\b|ternary")
 UNMODELLED = ("enforce_eager", "cpu_kv_offload", "cpu_offload_gb", "enable_lora")  # said, then ignored
 
 
@@ -95,9 +96,15 @@ def model_name(text: str, where: str) -> str:
     )
 
 
-def precision_name(text: str) -> str:
-    """bf16, fp8, int8 or int4 from however the run writes it; nothing recognised is bf16."""
+def precision_name(text: str, where: str = "run.yaml") -> str:
+    """bf16, fp8, int8 or int4 from however the run writes it; nothing recognised is bf16.
+
+    Raises DataError for formats that are known and not modelled.
+    """
     lowered = text.lower()
+    unknown = UNMODELLED_PRECISIONS.search(lowered)
+    if unknown is not None:
+        raise DataError(f"{where}: precision {text!r} is not modelled (bf16, fp8, int8 and int4 are)")
     for marks, name in (
         (("fp8",), "fp8"),
         (("w8a8", "w8a16", "int8"), "int8"),
@@ -122,6 +129,23 @@ def is_recorded(value: object) -> bool:
         return False
     words = ("", "unrecorded", "unknown", "default", "defaults", "per row", "n/a", "none", "nan")
     return not (isinstance(value, str) and value.strip().lower() in words)
+
+
+def engine_fields(engine: object) -> dict[str, Any]:
+    """Engine settings as a mapping: run.yaml's own, or read from vLLM's command line (text or a list).
+
+    A flag without a value is on, --no-enable-x is off. What cannot be read is left out.
+    """
+    if isinstance(engine, dict):
+        return {str(key): value for key, value in engine.items()}
+    if isinstance(engine, (list, tuple)):
+        engine = " ".join(str(part) for part in engine)
+    found: dict[str, Any] = {}
+    for name, value in re.findall(r"--([a-z][\w-]*)(?:[ =]+((?!--)\S+))?", str(engine or "")):
+        key = name.replace("-", "_")
+        off = key.startswith("no_enable_") and not value
+        found[key.removeprefix("no_") if off else key] = value or (not off)
+    return found
 
 
 def _flag(value: object) -> bool:

@@ -24,6 +24,7 @@ from ersim.errors import DataError, DoesNotFitError, ErsimError
 from ersim.steptime import build_expert_model
 from ersim.workload.base import Workload
 from experiments.published_names import (
+    engine_fields,
     engine_settings,
     gpu_name,
     is_recorded,
@@ -165,7 +166,7 @@ def _expert(
     tp = _pick("tp", data, row) or fields.get("count") or 1
     expert = ExpertConfig(
         model=model_name(model, where),
-        precision=precision_name(model if recorded is None else str(recorded)),
+        precision=precision_name(model if recorded is None else str(recorded), where),
         gpu=gpu_name(str(gpu_text), where),
         tp=int(float(tp)),
         engine=EngineSettings(**engine),
@@ -176,8 +177,7 @@ def _expert(
 
 def _recorded(data: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """Engine settings of run.yaml, overruled by those that the row itself gives."""
-    engine = data.get("engine")
-    settings = dict(engine) if isinstance(engine, dict) else {}
+    settings = engine_fields(data.get("engine"))
     return settings | {str(key): value for key, value in row.items() if is_recorded(value)}
 
 
@@ -356,7 +356,7 @@ def _said_once(messages: Sequence[str]) -> list[str]:
 
 
 def _closed_loop_row(run: str, data: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Case:
-    users, isl, osl = (int(float(row[name])) for name in ("concurrency", "isl", "osl"))
+    users, isl, osl = (_positive(name, row[name], where) for name in ("concurrency", "isl", "osl"))
     recorded = _recorded(data, row)
     release = version(data.get("vllm") if is_recorded(data.get("vllm")) else row.get("vllm"))
     engine = engine_settings(recorded, release, where)
@@ -393,6 +393,13 @@ def _closed_loop_row(run: str, data: Mapping[str, Any], row: Mapping[str, Any], 
         ttft_from_queue=_from_queue(data),
         notes=_notes(assumed, jitter, unmodelled(recorded), tight),
     )
+
+
+def _positive(name: str, value: Any, where: str) -> int:
+    number = pd.to_numeric(value, errors="coerce")
+    if not number >= 1:
+        raise DataError(f"{where}: {name} must be a whole number >= 1, got {value}")
+    return int(number)
 
 
 def _shortest(data: Mapping[str, Any], release: tuple[int, ...] | None) -> tuple[float, str]:

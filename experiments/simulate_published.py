@@ -67,6 +67,8 @@ def taken_in_s(submit_s: FloatArray, end_s: FloatArray, duration_s: FloatArray) 
 
     Its core reads new requests only between steps. submit_s: (n,); end_s, duration_s: (steps,), in order.
     """
+    if not len(end_s):
+        return submit_s
     index = np.searchsorted(end_s, submit_s)
     running = index < len(end_s)
     step = np.minimum(index, len(end_s) - 1)

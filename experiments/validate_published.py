@@ -190,6 +190,7 @@ def predict(case: Case, options: Options = Options()) -> list[Comparison]:
         )
         for group, measured in case.measured.items()
         for metric, value in measured.items()
+        if metric in middles[group][0]  # there is no TPOT of single tokens
     ]
 
 

@@ -12,7 +12,14 @@ import yaml
 from ersim.errors import DataError
 from experiments.observe_runs import fold
 from experiments.overheads import load_observations
-from experiments.published_names import engine_settings, gpu_name, model_name, precision_name, version
+from experiments.published_names import (
+    engine_fields,
+    engine_settings,
+    gpu_name,
+    model_name,
+    precision_name,
+    version,
+)
 from experiments.published_runs import make_workload, metric_name, read_runs, request_count
 from experiments.published_workloads import PooledUsers
 from experiments.simulate_published import taken_in_s
@@ -283,3 +290,29 @@ def test_requests_are_taken_in_between_steps():
     end, duration = np.asarray([1.0, 2.0, 5.0]), np.asarray([1.0, 1.0, 1.0])
     queued = taken_in_s(np.asarray([0.5, 1.5, 3.0, 4.5, 6.0]), end, duration)
     assert queued.tolist() == [1.0, 2.0, 3.0, 5.0, 6.0]
+    assert taken_in_s(end, np.empty(0), np.empty(0)).tolist() == end.tolist()
+
+
+def test_engine_settings_may_be_a_command_line():
+    flags = ["--max-num-seqs", "64", "--no-enable-prefix-caching", "--enable-chunked-prefill"]
+    expected = {"max_num_seqs": "64", "enable_prefix_caching": False, "enable_chunked_prefill": True}
+    assert engine_fields(flags) == expected == engine_fields(" ".join(flags).replace("seqs ", "seqs="))
+    assert engine_fields({"max_num_seqs": 8}) == {"max_num_seqs": 8} and engine_fields(None) == {}
+    read = engine_settings(engine_fields(flags), None)
+    assert read == {"max_num_seqs": 64, "enable_prefix_caching": False, "enable_chunked_prefill": True}
+
+
+@pytest.mark.parametrize("text", ["NVFP4", "mxfp4", "gguf Q4_K_M", "w4a4"])
+def test_a_precision_that_is_not_modelled_is_refused(text):
+    with pytest.raises(DataError, match="not modelled"):
+        precision_name(text)
+
+
+def test_impossible_lengths_are_named_and_single_tokens_have_no_tpot(tmp_path):
+    run = {"kind": "closed_loop_rows", "gpu": "H100", "model": "Llama-3.1-8B", "precision": "bf16", "tp": 1}
+    folder = _folder(tmp_path, "odd", run, "rows.csv", "isl,osl,concurrency,ttft_ms,tpot_ms\n128,1,1,9,7\n")
+    (case,) = read_runs(folder)
+    assert [row.metric for row in predict(case, Options(2))] == ["mean_ttft_ms"]
+    _folder(tmp_path, "odd2", run, "rows.csv", "isl,osl,concurrency,ttft_ms\n-5,1,1,9\n")
+    with pytest.raises(DataError, match="isl must be a whole number >= 1"):
+        read_runs(tmp_path / "odd2")
