@@ -59,7 +59,10 @@ def draw_pair(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
 
 
 def draw_many(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
-    """Mean answer quality against mean price, relative to the best single model's."""
+    """Mean answer quality against mean price, relative to the best single model's.
+
+    Lines are the judged prompts' own curves; rings are the weight that training chose for 40 %.
+    """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.5, 5.2))
         grid = np.linspace(0.11, 1.0, 120)
@@ -69,7 +72,12 @@ def draw_many(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
                 continue
             rows = [[_best_within(curve, price) for price in grid] for curve in outcome.curves]
             mean = np.array(rows).mean(axis=0)
-            axes.plot(100 * grid, mean, color=next(coloured, "#7F7F7F"), label=outcome.router)
+            colour = next(coloured, "#7F7F7F")
+            axes.plot(100 * grid, mean, color=colour, label=outcome.router)
+            found = outcome.spread()
+            if "gain_chosen_40pct" in found:
+                quality = found["best_single_quality"].mean + found["gain_chosen_40pct"].mean
+                axes.plot(100 * found["price_chosen_40pct"].mean, quality, "o", mfc="none", mec=colour, ms=8)
         _draw_bounds(axes, outcomes)
         single = [
             o.spread()["best_single_quality"].mean for o in outcomes if "best_single_quality" in o.spread()
@@ -77,7 +85,9 @@ def draw_many(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
         axes.plot([100], [single[0]], "k*", ms=13, label="best single model")
         axes.axhline(single[0], color="#999999", lw=0.8)
         axes.axvline(40, color="#999999", lw=0.8)
-        axes.set_xlabel("mean price per token (% of the best single model's)")
+        axes.set_xlabel(
+            "mean price per token (% of the best single model's); rings: chosen in training for 40 %"
+        )
         axes.set_ylabel("mean answer quality")
         axes.set_title(title)
         axes.legend(fontsize=9, loc="lower right")
@@ -130,7 +140,13 @@ def draw(outcomes: Sequence[Outcome], name: str, train: str, folder: Path) -> li
     if any("apgr" in outcome.spread() for outcome in outcomes):
         return [draw_pair(outcomes, f"{name}: routers trained on {train}", folder / "quality.png")]
     if any("best_single_quality" in outcome.spread() for outcome in outcomes):
-        return [draw_many(outcomes, f"{name}: quality against price, {train}", folder / "quality_price.png")]
+        return [
+            draw_many(
+                outcomes,
+                f"{name}: quality against price, routers trained on {train}",
+                folder / "quality_price.png",
+            )
+        ]
     best = max(
         (o for o in outcomes if o.confusion is not None), key=lambda o: o.spread()["domain_accuracy"].mean
     )
