@@ -59,7 +59,7 @@ def _expert_hint(key: str, value: str | None, arguments: list[str], conf: Path) 
 
 
 def _elsewhere_hint(group: str, value: str, conf: Path) -> str:
-    names = _options(conf, group)
+    names = [] if group == "calibration" else _options(conf, group)
     unknown = f" There is no {value!r};" if names and value not in names else ""
     listed = f"{unknown} NAME is one of: {', '.join(names)}" if names else ""
     return f"{group} is not chosen at the top: use {ELSEWHERE[group]}.{listed}"
