@@ -39,8 +39,8 @@ class LiveConfig:
 
     users: the loads. seconds: length of a run, warmup_s of them are not counted. repeats: runs per
     load, each with its own requests; they are judged together. replications: simulations per load.
-    name: the study's name. folder: where calibrations and runs are written and read. measure false: nothing is
-    started, the runs that lie in `folder` are simulated again. install: copy a profile's
+    name: the study's name. folder: where calibrations and runs are written and read. measure false:
+    nothing is started, the runs that lie in `folder` are simulated again. install: copy a profile's
     calibrations to conf/calibration, where `calibration=auto` finds them.
     """
 
