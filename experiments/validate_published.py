@@ -54,7 +54,8 @@ SEEN: Mapping[str, str] = {
     "rtx4090_llama3.1-8b_tp1": (
         "while looking at this run were chosen: 1.5 us of launch taken off every profiled kernel (two in "
         "attention), 0.1 ms instead of 0.2 between steps for profiles, the median for uneven contexts, the "
-        "rows behind the mixed-batch fit, and hiding the host's time per sequence"
+        "rows behind the mixed-batch fit, hiding the host's time per sequence, and counting from the end of the "
+        "step in which a request is queued"
     )
 }
 
@@ -281,7 +282,7 @@ def show_summary(groups: Iterable[Mapping[str, Any]]) -> None:
             variant = group["variant"]
             print(f"the same {variant} (an extra, not among the figures judged):")
         print(
-            f"{group['run']:32} {group['metric']:14} {group['rows']:4d} {group['mape_percent']:6.1f} % "
+            f"{group['run']:32} {group['metric']:14} {group['rows']:4d} {group['mape_percent']:6.2f} % "
             f"{group['bias_percent']:+6.1f} % {group['inside_percent']:5.0f} % "
             f"±{group['widest_percent']:4.0f} % {group['cut']:4d}  {group['peers_percent']}"
         )
