@@ -54,8 +54,8 @@ SEEN: Mapping[str, str] = {
     "rtx4090_llama3.1-8b_tp1": (
         "while looking at this run were chosen: 1.5 us of launch taken off every profiled kernel (two in "
         "attention), 0.1 ms instead of 0.2 between steps for profiles, the median for uneven contexts, the "
-        "rows behind the mixed-batch fit, hiding the host's time per sequence, and counting from the end of the "
-        "step in which a request is queued"
+        "rows behind the mixed-batch fit, hiding the host's time per sequence, and counting from the end of "
+        "the step in which a request is queued"
     )
 }
 
