@@ -28,7 +28,7 @@ def hints_of(arguments: list[str], conf: Path) -> list[str]:
             hint = _expert_hint(key, value if equals else None, arguments, conf)
         elif equals and bare in ELSEWHERE:
             hint = _elsewhere_hint(bare, value, conf)
-        elif bare.startswith(QUALITY):
+        elif bare in (QUALITY, f"{QUALITY}.*"):
             hint = _quality_hint(key, value)
         else:
             hint = None

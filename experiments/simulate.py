@@ -72,7 +72,7 @@ def main() -> None:
         command()
         gc.freeze()  # the interpreter need not look for cycles in what it is about to drop: 0.1 s
     except SystemExit as leaving:
-        if leaving.code == 1:
+        if leaving.code == 1 and "-sc" not in sys.argv and "--shell-completion" not in sys.argv:
             from experiments.hints import print_hints
 
             print_hints(sys.argv[1:], conf)
