@@ -117,8 +117,8 @@ def left_out_predictions(asked: Asked) -> Floats:
     out = np.empty((len(asked.learn), len(asked.states)))
     for number in np.unique(fold):
         held = np.flatnonzero(fold == number)
-        policy = asked.fit([asked.learn[i] for i in np.flatnonzero(fold != number)])
-        out[held] = predictions(policy, [asked.learn[i] for i in held])
+        policy = asked.fit([asked.learn[i] for i in np.flatnonzero(fold != number).tolist()])
+        out[held] = predictions(policy, [asked.learn[i] for i in held.tolist()])
     return out
 
 
