@@ -35,7 +35,10 @@ MODULES = (
     "ersim.system.replica",
     "ersim.system.sources",
     "ersim.system.turns",
+    "ersim.util.heaps",
+    "ersim.workload.base",
     "ersim.workload.closed",
+    "ersim.workload.sessions",
 )
 """What is compiled: everything that runs once per engine step or per request, and nothing else."""
 

@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ersim.util.vectors import mypyc_attr
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -31,7 +33,8 @@ class Prompt:
     quality: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@mypyc_attr(acyclic=True)  # nothing in it leads back to it: the garbage collector need not watch it
+@dataclass(slots=True, init=False, unsafe_hash=True)
 class Segment:
     """A run of tokens whose content is identified by `content_id`.
 
@@ -42,7 +45,13 @@ class Segment:
     content_id: int
     tokens: int
 
+    # Written out, as for `Request`.
+    def __init__(self, content_id: int, tokens: int) -> None:
+        self.content_id = content_id
+        self.tokens = tokens
 
+
+@mypyc_attr(acyclic=True)
 @dataclass(slots=True, eq=False, init=False)
 class Request:
     """One request as a user sends it.

@@ -6,10 +6,10 @@ about it follows from the step counter k:
     computed before step k      offset + k
     tokens delivered            generated at the join + steps updated since
     last step                   joined + answer tokens missing - 1, filed in `_endings`
-    needs a block in step k     iff (offset + k) % block_size == 0: it is in `_phases[k % block_size]`
+    needs a block in step k     iff (offset + k) % block_size == 0: counted in `_needing[k % block_size]`
 
 so the sum of contexts is `_offsets + k * _decodes`, and the number of blocks that a step needs is the
-size of one dictionary. A row leaves the bulk when it ends, is preempted or aborted, or has to wait
+one of block_size counters. A row leaves the bulk when it ends, is preempted or aborted, or has to wait
 for budget; then the formulas give its explicit state back. Whoever needs a look in every step
 (prefills, rows that waited, rows whose answer somebody else may be reading from the prefix cache) is
 WALKED instead.
@@ -21,13 +21,15 @@ token of the join itself is emitted by the step that completes the prefill.
 
 from __future__ import annotations
 
-import heapq
 from operator import attrgetter
+from typing import cast
 
 from ersim.engine.config import EngineConfig
 from ersim.engine.prefix import BlockPool
 from ersim.engine.request import DECODING, GHOST, WALKED, EngineRequest
 from ersim.engine.step import Step
+from ersim.util.heaps import Heap, make_heap
+from ersim.util.vectors import i64, vec
 
 by_admission = attrgetter("admission")
 
@@ -47,10 +49,10 @@ class DecodeBulk:
         self._updated_steps = 0
         self._decodes = 0
         self._offsets = 0
-        self._phases: list[dict[EngineRequest, None]] = [{} for _ in range(config.block_size)]
+        self._needing: vec[i64] = vec[i64]([0] * config.block_size)
         self._endings: dict[int, list[EngineRequest]] = {}
-        self._ending_heap: list[int] = []
-        self._longest: list[tuple[int, int, EngineRequest]] = []
+        self._ending_steps: Heap = make_heap()  # those of `_endings`, and some that are over
+        self._longest: Heap = make_heap()  # by -offset; rows that left the bulk are dropped when they show up
 
     def computed_of(self, request: EngineRequest) -> int:
         """Tokens computed of a row in the bulk."""
@@ -68,19 +70,18 @@ class DecodeBulk:
         request.offset = offset = request.computed - self._scheduled_steps
         self._decodes += 1
         self._offsets += offset
-        self._phases[-offset % self._size][request] = None
+        self._needing[-offset % self._size] += 1
         request.finish_step = last = joined + request.length - request.generated - 1
         ending = self._endings.get(last)
         if ending is None:
             self._endings[last] = [request]
-            heapq.heappush(self._ending_heap, last)
+            self._ending_steps.push(float(last), request.admission, request)
         else:
             ending.append(request)
         longest = self._longest
-        heapq.heappush(longest, (-offset, request.admission, request))
-        if len(longest) > 4 * self._decodes + 64:
-            self._longest = [entry for entry in longest if self._is_current(entry)]
-            heapq.heapify(self._longest)
+        longest.push(float(-offset), request.admission, request)
+        if longest.size > 4 * self._decodes + 64:
+            self._longest = self._current_offsets()
         if request.answer is not None:
             request.answer.writer = request
 
@@ -90,7 +91,7 @@ class DecodeBulk:
         request.computed = offset + self._scheduled_steps
         self._decodes -= 1
         self._offsets -= offset
-        del self._phases[-offset % self._size][request]
+        self._needing[-offset % self._size] -= 1
         if request.answer is not None:
             request.answer.writer = None
 
@@ -149,10 +150,16 @@ class DecodeBulk:
         """The largest context of a bulk row before step k."""
         longest = self._longest
         while True:
-            negative_offset, _, request = longest[0]
-            if request.state == DECODING and request.offset == -negative_offset:
-                return k - negative_offset
-            heapq.heappop(longest)
+            request = cast("EngineRequest", longest.first())
+            offset = request.offset
+            if request.state == DECODING and longest.key() == float(-offset):
+                return k + offset
+            longest.pop()
 
-    def _is_current(self, entry: tuple[int, int, EngineRequest]) -> bool:
-        return entry[2].state == DECODING and entry[2].offset == -entry[0]
+    def _current_offsets(self) -> Heap:
+        """`_longest` without what is over."""
+        longest = make_heap()
+        for request in self._running:
+            if request.state == DECODING:
+                longest.push(float(-request.offset), request.admission, request)
+        return longest

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from heapq import heappop
-
 import numpy as np
 import numpy.typing as npt
 
@@ -122,10 +120,13 @@ class Engine(Scheduler):
             and (self._queue.head() is not self._blocked or self._may_unblock())
         ):
             return 0
-        heap, endings = self._ending_heap, self._endings
-        while not endings.get(heap[0]):
-            endings.pop(heappop(heap), None)
-        steps = heap[0] - self._updated_steps
+        ends, endings = self._ending_steps, self._endings
+        last = int(ends.key())
+        while not endings.get(last):
+            endings.pop(last, None)
+            ends.pop()
+            last = int(ends.key())
+        steps = last - self._updated_steps
         if (steps // self._size + 1) * decodes <= self.pool.free:
             return steps
         return self._steps_until_short(steps)
@@ -138,7 +139,7 @@ class Engine(Scheduler):
         taken = rounds * size
         k = self._scheduled_steps + taken
         while taken < steps:
-            free -= len(self._phases[k % size])
+            free -= self._needing[k % size]
             if free < 0:
                 break
             k += 1
@@ -156,7 +157,7 @@ class Engine(Scheduler):
     def steady_blocks(self, steps: int) -> npt.NDArray[np.int64]:
         """blocks_used after each of the next `steps` steady steps, shape (steps,); ask before `advance`."""
         size, k = self._size, self._scheduled_steps
-        counts = np.array([len(phase) for phase in self._phases], dtype=np.int64)
+        counts = np.array([self._needing[phase] for phase in range(size)], dtype=np.int64)
         return self.blocks_used + np.cumsum(counts[(k + np.arange(steps)) % size])
 
     def advance(self, steps: int) -> None:
@@ -167,7 +168,7 @@ class Engine(Scheduler):
         rounds, rest = divmod(steps, size)
         need = rounds * decodes
         for step in range(k, k + rest):
-            need += len(self._phases[step % size])
+            need += self._needing[step % size]
         self.pool.take(need)
         self._scheduled_steps = k + steps
         self._updated_steps += steps

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ersim.types import Segment
+from ersim.util.heaps import Item
 
 if TYPE_CHECKING:
     from ersim.engine.bulk import DecodeBulk
@@ -26,7 +27,7 @@ for the output that ends them. All three are in the running batch.
 """
 
 
-class EngineRequest:
+class EngineRequest(Item):
     """A request in one engine.
 
     output_tokens is the true answer length, its end-of-sequence token included; the request ends

@@ -11,13 +11,12 @@ that are done and frees their blocks. Asynchronous scheduling runs `schedule` on
 that ends by a stop token is then scheduled once in vain.
 
 Decoding rows live in the bulk (bulk.py) and are not looked at; a step costs the walked rows, the
-admissions and the endings that happen in it. Rare conditions cost more: a preemption looks at the
-rows that need a block in this step, scarce budget and preemption by priority at the whole batch.
+admissions and the endings that happen in it. Rare conditions cost more: a preemption and
+scarce budget look at the whole batch.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 from ersim.engine.bulk import DecodeBulk, by_admission
@@ -36,6 +35,7 @@ from ersim.engine.request import (
 )
 from ersim.engine.step import NOBODY, Step
 from ersim.errors import bad_value
+from ersim.util.vectors import i64
 
 Row = tuple[EngineRequest, int]
 """A walked row and the tokens that it is given in a step."""
@@ -156,7 +156,7 @@ class Scheduler(DecodeBulk):
         wasted = 0
         if self._async and k - 1 in self._endings:
             wasted = self._set_ghosts_aside(k - 1)
-        need = len(self._phases[k % self._size])
+        need = int(self._needing[k % self._size])
         given: list[Row] | None = None
         preempted: Sequence[EngineRequest] = NOBODY
         if self._walked or need > pool.free or (self._async and self._decodes and not self._flight):
@@ -196,7 +196,7 @@ class Scheduler(DecodeBulk):
         budget = self._max_tokens - self._decodes
         threshold = self._threshold()
         given: list[Row] = []
-        need = len(self._phases[k % size])
+        need = int(self._needing[k % size])
         for request in self._walked:
             tokens = self._wanted(request, threshold)
             if tokens <= 0:
@@ -250,9 +250,10 @@ class Scheduler(DecodeBulk):
     def _walk_needy(self, k: int, walked: list[Row]) -> tuple[list[Row], Sequence[EngineRequest]]:
         """Too few blocks under FCFS: serve those who need one in order, preempting from the end."""
         size, pool = self._size, self.pool
-        needy: list[Row] = [(request, 1) for request in self._phases[k % size]]
-        needy += walked
-        needy.sort(key=lambda row: row[0].admission)
+        needy = self._rows_at_a_boundary(k)
+        if walked:
+            needy += walked
+            needy.sort(key=lambda row: row[0].admission)
         preempted: list[EngineRequest] = []
         given: list[Row] = []
         for request, tokens in needy:
@@ -272,6 +273,17 @@ class Scheduler(DecodeBulk):
                 self._note_hashed(request, tokens)
                 given.append((request, tokens))
         return given, preempted
+
+    def _rows_at_a_boundary(self, k: i64) -> list[Row]:
+        """The rows of the bulk that need a block in step k, in the order of admission, as `_running` is."""
+        size: i64 = self._size
+        needy: list[Row] = []
+        for request in self._running:
+            if request.state == DECODING:
+                offset: i64 = request.offset
+                if (offset + k) % size == 0:
+                    needy.append((request, 1))
+        return needy
 
     def _walk_all(self, threshold: int) -> tuple[list[Row], Sequence[EngineRequest]]:
         """Phase one row by row, as vLLM has it: for scarce budget, and for scarce blocks by priority."""
@@ -506,9 +518,9 @@ class Scheduler(DecodeBulk):
         finished = self._count_tokens(step.rows) if step.rows else None
         if k in self._endings:
             ending = self._endings.pop(k)
-            heap = self._ending_heap
-            while heap and heap[0] <= k:
-                heapq.heappop(heap)
+            steps = self._ending_steps
+            while steps.size and steps.key() <= k:
+                steps.pop()
             finished = finished + ending if finished else ending
         if finished:
             if len(finished) > 1:

@@ -1,12 +1,11 @@
 """Turns a calibration into seconds, fast: arrays are prepared once, a step costs a few look-ups.
 
 `PreparedStepTime` fulfils `ersim.types.StepTime`. Everything that depends on one small integer
-(tokens, sampled rows, decode rows) is a list indexed by it; attention is a short search in a row.
+(tokens, sampled rows, decode rows) is a row of numbers indexed by it; attention is a short search.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from ersim.steptime.calibration import Calibration
 from ersim.steptime.terms import curve, curve_rows, segment
 from ersim.types import Batch
+from ersim.util.vectors import i64, vec
 
 FloatArray = npt.NDArray[np.float64]
 FP8_KV_SCALE = (
@@ -55,7 +55,10 @@ _STATE = (
     "_context_grid",
     "_decode",
     "_decode_context_s",
+    "_flat_slopes",
+    "_flat_values",
     "_grid",
+    "_width",
     "_has_host",
     "_has_mixed",
     "_host_decode",
@@ -74,7 +77,6 @@ _STATE = (
     "_prefill_context_s",
     "_prefill_row",
     "_prefix_grid",
-    "_rows",
     "_sampled",
     "_shared",
     "_skew",
@@ -144,8 +146,10 @@ class PreparedStepTime:
     ) -> None:
         """Values and slopes of decode attention by rows (first axis) from each context of the grid on."""
         tables = [(t, c) for t, c in terms if t["kind"] == "decode_attention"]
-        self._context_grid: list[float] = []
-        self._rows: list[tuple[list[float], list[float]] | None] = [None] * (max_seqs + 1)
+        self._context_grid: vec[float] = vec[float]()
+        self._flat_values: vec[float] = vec[float]()
+        self._flat_slopes: vec[float] = vec[float]()
+        self._width: i64 = 0
         self._skew = 0.0
         if not tables:
             return
@@ -165,13 +169,11 @@ class PreparedStepTime:
         slopes[:, :-1] = np.diff(total, axis=1) / np.diff(grid)
         slopes[:, -1] = beyond * factor
         self._skew = float(np.mean([t["skew"] for t, _ in tables]))
-        self._context_grid, self._grid = grid.tolist(), grid
-        self._values, self._slopes = total, slopes
-
-    def _row(self, rows: int) -> tuple[list[float], list[float]]:
-        """One row of the table as plain lists, made when first asked for."""
-        made = self._rows[rows] = (self._values[rows].tolist(), self._slopes[rows].tolist())
-        return made
+        self._grid, self._values, self._slopes = grid, total, slopes
+        self._width = len(grid)
+        self._context_grid = vec[float](grid.tolist())
+        self._flat_values = vec[float](total.ravel().tolist())
+        self._flat_slopes = vec[float](slopes.ravel().tolist())
 
     def _prepare_mixed(self, terms: list[tuple[Mapping[str, Any], float]], kv_scale: float) -> None:
         self._mixed_seq = self._mixed_tile = self._mixed_token = self._mixed_skew = 0.0
@@ -188,9 +190,9 @@ class PreparedStepTime:
     def _prepare_prefill(self, terms: list[tuple[Mapping[str, Any], float]]) -> None:
         """Prefill attention by chunk (first axis) and prefix; bilinear, continued beyond both grids."""
         tables = [(t, c) for t, c in terms if t["kind"] == "prefill_attention"]
-        self._chunk_grid: list[float] = []
-        self._prefix_grid: list[float] = []
-        self._chunk_rows: list[list[float]] = []
+        self._chunk_grid: vec[float] = vec[float]()
+        self._prefix_grid: vec[float] = vec[float]()
+        self._chunk_rows: vec[float] = vec[float]()
         self._shared = sum(c * t["shared_us"] * 1e-6 for t, c in tables)
         if not tables:
             return
@@ -201,76 +203,89 @@ class PreparedStepTime:
             values = np.asarray(term["time_us"], float) * 1e-6 * coefficient
             wide = curve_rows(prefixes, np.asarray(term["context_tokens"], float), values.T).T
             total += curve_rows(chunks, np.asarray(term["chunk_tokens"], float), wide)
-        self._chunk_grid, self._prefix_grid = chunks.tolist(), prefixes.tolist()
-        self._chunk_rows = total.tolist()
+        self._chunk_grid = vec[float](chunks.tolist())
+        self._prefix_grid = vec[float](prefixes.tolist())
+        self._chunk_rows = vec[float](total.ravel().tolist())
 
     def step_s(self, batch: Batch) -> float:
         """Seconds that this step takes (mean, no noise)."""
-        tokens, rows = batch.tokens, batch.decode_seqs
+        tokens: i64 = batch.tokens
+        rows: i64 = batch.decode_seqs
+        sampled: i64 = batch.sampled_seqs
+        prefills = len(batch.prefills)
         if tokens > self._max_tokens:
             self._count("tokens")
-        seconds = self._tokens[tokens] + self._sampled[batch.sampled_seqs]
+        seconds = self._tokens[tokens] + self._sampled[sampled]
         if rows:
-            total = batch.decode_context_tokens
+            total, longest = float(batch.decode_context_tokens), float(batch.decode_context_max)
             seconds += self._decode[rows] + self._decode_context_s * total
-            if self._has_mixed and batch.prefills:
+            if self._has_mixed and prefills:
                 seconds += self._mixed_decode_s(batch)
-            elif self._context_grid:
-                grid, (values, slopes) = self._context_grid, self._rows[rows] or self._row(rows)
-                mean, longest = total / rows, batch.decode_context_max
-                index = bisect_right(grid, mean) - 1
-                level = values[index] + slopes[index] * (mean - grid[index])
+            elif self._width:
+                mean = total / float(rows)
+                level = self._attention_s(rows, mean)
                 seconds += level
                 if longest > mean:
-                    index = bisect_right(grid, longest) - 1
-                    highest = values[index] + slopes[index] * (longest - grid[index])
-                    seconds += self._skew * (highest - level)
+                    seconds += self._skew * (self._attention_s(rows, longest) - level)
                 if longest > self._max_context:
                     self._count("context_tokens")
             if self._skew_tokens_s:
-                seconds += self._skew_tokens_s * max(0.0, rows * batch.decode_context_max - total)
-        if batch.prefills:
+                seconds += self._skew_tokens_s * max(0.0, float(rows) * longest - total)
+        if prefills:
             seconds += self._prefill_s(batch.prefills, rows > 0)
         if self._has_host:
-            host = (
-                self._host_tokens[tokens] + self._host_sampled[batch.sampled_seqs] + self._host_decode[rows]
-            )
-            if batch.prefills:
-                host += self._host_mixed + self._host_prefill * len(batch.prefills)
+            host = self._host_tokens[tokens] + self._host_sampled[sampled] + self._host_decode[rows]
+            if prefills:
+                host += self._host_mixed + self._host_prefill * prefills
             if host > seconds:
                 return host
         return seconds
 
+    def _attention_s(self, rows: i64, context: float) -> float:
+        """Seconds of decode attention of `rows` sequences of `context` tokens (piecewise linear)."""
+        grid = self._context_grid
+        index = _right_of(grid, context, 0, self._width) - 1
+        place = rows * self._width + index
+        return self._flat_values[place] + self._flat_slopes[place] * (context - grid[index])
+
     def _mixed_decode_s(self, batch: Batch) -> float:
         """Seconds of decode rows' attention inside a step that also prefills."""
         rows, total = batch.decode_seqs, batch.decode_context_tokens
-        tiles = -(-max(chunk for chunk, _ in batch.prefills) // 128)
-        uneven = max(0.0, rows * batch.decode_context_max - total)
+        largest = 0
+        for chunk, _ in batch.prefills:
+            if chunk > largest:
+                largest = chunk
+        tiles = -(-largest // 128)
+        uneven = max(0.0, float(rows * batch.decode_context_max - total))
         return rows * (self._mixed_seq + tiles * self._mixed_tile) + self._mixed_token * (
             total + self._mixed_skew * uneven
         )
 
     def _prefill_s(self, prefills: Sequence[tuple[int, int]], decoding: bool) -> float:
         """Seconds that a step's prefill chunks add: attention and launches."""
-        seconds = self._mixed + self._prefill_row * len(prefills)
-        for chunk, context in prefills:
+        count = len(prefills)
+        seconds = self._mixed + self._prefill_row * count
+        for chunk_tokens, context_tokens in prefills:
+            chunk, context = float(chunk_tokens), float(context_tokens)
             seconds += self._pairs_s * chunk * (context + 0.5 * chunk) + self._prefill_context_s * context
-        if self._chunk_grid:
-            launches_saved = len(prefills) - 1 + (decoding and not self._has_mixed)
+        if len(self._chunk_grid):
+            launches_saved = count - 1 + (decoding and not self._has_mixed)
             seconds -= self._shared * launches_saved
-            for chunk, context in prefills:
-                seconds += self._chunk_s(chunk, context)
+            for chunk_tokens, context_tokens in prefills:
+                seconds += self._chunk_s(float(chunk_tokens), float(context_tokens))
         return seconds
 
     def _chunk_s(self, chunk: float, context: float) -> float:
         """Seconds of attention of one prefill chunk over its prefix (bilinear)."""
-        chunks, prefixes = self._chunk_grid, self._prefix_grid
-        i = bisect_right(chunks, chunk, 1, len(chunks) - 1) - 1
-        j = bisect_right(prefixes, context, 1, len(prefixes) - 1) - 1
+        chunks, prefixes, table = self._chunk_grid, self._prefix_grid, self._chunk_rows
+        width = len(prefixes)
+        i = _right_of(chunks, chunk, 1, len(chunks) - 1) - 1
+        j = _right_of(prefixes, context, 1, width - 1) - 1
         v = (context - prefixes[j]) / (prefixes[j + 1] - prefixes[j])
-        low, high = self._chunk_rows[i], self._chunk_rows[i + 1]
-        left = low[j] + (low[j + 1] - low[j]) * v
-        right = high[j] + (high[j + 1] - high[j]) * v
+        low = i * width + j
+        high = low + width
+        left = table[low] + (table[low + 1] - table[low]) * v
+        right = table[high] + (table[high + 1] - table[high]) * v
         seconds = left + (right - left) * (chunk - chunks[i]) / (chunks[i + 1] - chunks[i])
         return seconds if seconds > 0.0 else 0.0
 
@@ -282,7 +297,7 @@ class PreparedStepTime:
         total, longest = context_tokens + step * decode_seqs, context_max + step
         fixed = self._tokens[decode_seqs] + self._sampled[decode_seqs] + self._decode[decode_seqs]
         seconds: FloatArray = fixed + self._decode_context_s * total
-        if self._context_grid:
+        if self._width:
             mean = total / decode_seqs
             level = self._attention(decode_seqs, mean)
             excess = np.where(longest > mean, self._attention(decode_seqs, longest) - level, 0.0)
@@ -324,6 +339,17 @@ class SharedStepTime(PreparedStepTime):
         self.beyond = {}
 
 
+def _right_of(grid: vec[float], x: float, low: i64, high: i64) -> i64:
+    """`bisect.bisect_right(grid, x, low, high)`."""
+    while low < high:
+        middle = (low + high) >> 1
+        if x < grid[middle]:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
 def _decode_table(term: Mapping[str, Any], fp8_kv: bool) -> Any:
     """The table for the KV cache's width; where fp8 was not measured, contexts cost FP8_KV_SCALE as much."""
     if not fp8_kv:
@@ -341,8 +367,8 @@ def _curves(
     graphs: Sequence[int],
     valid_tokens: int,
     factor: float,
-) -> tuple[list[float], list[float], list[float], float, float]:
-    """Fold all terms that depend on one integer into lists.
+) -> tuple[vec[float], vec[float], vec[float], float, float]:
+    """Fold all terms that depend on one integer into rows of numbers.
 
     Returns seconds by tokens (with everything constant), by sampled rows, by decode rows, per mixed
     step and per prefill row.
@@ -373,9 +399,9 @@ def _curves(
         by_tokens[valid_tokens:] = edge + (by_tokens[valid_tokens:] - edge) * factor
     by_tokens += scalar["step"]
     return (
-        by_tokens.tolist(),
-        by_sampled.tolist(),
-        by_decode.tolist(),
+        vec[float](by_tokens.tolist()),
+        vec[float](by_sampled.tolist()),
+        vec[float](by_decode.tolist()),
         scalar["mixed_step"],
         scalar["prefill_rows"],
     )

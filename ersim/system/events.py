@@ -1,27 +1,44 @@
-"""The clock: a SimPy environment whose queue also holds the turns of users, gateway and replicas."""
+"""The clock: a SimPy environment in which users, gateway and replicas take their turns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop
 
 from simpy import Environment
 from simpy.events import Event
 
-from ersim.system.turns import Agenda, Turn
+from ersim.system.turns import Agenda
+
+
+class Numbers:
+    """The agenda's numbers as SimPy asks for them."""
+
+    __slots__ = ("_agenda",)
+
+    def __init__(self, agenda: Agenda) -> None:
+        self._agenda = agenda
+
+    def __iter__(self) -> Numbers:
+        return self
+
+    def __next__(self) -> int:
+        agenda = self._agenda
+        number = agenda.entered
+        agenda.entered = number + 1
+        return number
 
 
 class Clock(Environment):
     """A SimPy environment in every respect: processes, timeouts and resources of your own run on it too.
 
-    `agenda` enters turns in the same queue; both have the same time.
+    `agenda` holds the turns; both have the same time, and one order.
     """
 
     def __init__(self) -> None:
         self.agenda = Agenda()
         super().__init__()
-        self._queue = self.agenda.queue  # type: ignore[assignment]
-        self._eid = self.agenda.numbers
+        self._queue = self.agenda.events  # type: ignore[assignment]
+        self._eid = Numbers(self.agenda)  # type: ignore[assignment]
 
     @property
     def _now(self) -> float:
@@ -31,13 +48,14 @@ class Clock(Environment):
     def _now(self, now_s: float) -> None:
         self.agenda.now_s = float(now_s)
 
+    def peek(self) -> float:
+        """When the next turn or event is; infinity for never."""
+        return min(self.agenda.next_s(), super().peek())
+
     def step(self) -> None:
         """Take the next turn or process the next event; raises EmptySchedule when there is neither."""
-        queue = self.agenda.queue
-        if queue and isinstance(queue[0][3], Turn):
-            now_s, _, number, turn = heappop(queue)
-            self.agenda.now_s = now_s
-            turn.happen(now_s, number)  # type: ignore[attr-defined]
+        if self.agenda.is_turn_next():
+            self.agenda.take_turn()
         else:
             super().step()
 

@@ -11,6 +11,7 @@ from ersim.system.events import Clock
 from ersim.system.inflight import InFlight
 from ersim.system.replica import Replica
 from ersim.system.turns import Agenda, Turn
+from ersim.util.vectors import i64
 
 
 class Destination(Protocol):
@@ -118,6 +119,6 @@ class Service(Turn):
         self._gateway = gateway
         self._flight = flight
 
-    def happen(self, now_s: float, number: int) -> None:
+    def happen(self, now_s: float, number: i64) -> None:
         """The worker is done."""
         self._gateway.served(self._flight, now_s)

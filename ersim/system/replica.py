@@ -28,8 +28,9 @@ from ersim.system.inflight import InFlight
 from ersim.system.log import StepLog
 from ersim.system.turns import Agenda, Turn
 from ersim.types import StepTime
+from ersim.util.vectors import i64, is_compiled, vec
 
-MIN_RUN_STEPS = 12  # below this a vectorised stretch costs more than its steps one by one
+MIN_RUN_STEPS = 24 if is_compiled(Engine.steady_steps) else 12  # a shorter stretch costs less step by step
 MAX_RUN_STEPS: Final = 4096
 Ended = Callable[[InFlight, float], None]
 
@@ -100,8 +101,8 @@ class Replica(Turn):
         self._step_s = step_time.step_s
         self._decode_run_s = step_time.decode_run_s
         self._noise_chunks = step_noise
-        self._noise: list[float] = []
-        self._noise_at = 0
+        self._noise: vec[float] = vec[float]()
+        self._noise_at: i64 = 0
         self._finished = finished
         self._failed = failed
         self._rejected = rejected
@@ -113,7 +114,7 @@ class Replica(Turn):
         self._clock_s = 0.0
         self._step_end_s = 0.0
         self._step_length_s = 0.0
-        self._number = -1
+        self._number: i64 = -1
         self._due = _NOTHING
         self._run_ends: npt.NDArray[np.float64] | None = None
         self._run_lengths: npt.NDArray[np.float64] | None = None
@@ -186,7 +187,7 @@ class Replica(Turn):
 
     # The turn -----------------------------------------------------------------------------
 
-    def happen(self, now_s: float, number: int) -> None:
+    def happen(self, now_s: float, number: i64) -> None:
         """A step or a stretch is over, or a request arrives while nothing runs."""
         if number != self._number:
             return  # superseded
@@ -277,7 +278,7 @@ class Replica(Turn):
 
     def _more_noise(self) -> None:
         assert self._noise_chunks is not None
-        self._noise = next(self._noise_chunks).tolist()
+        self._noise = vec[float](next(self._noise_chunks).tolist())
         self._noise_at = 0
 
     # Stretches of pure decode --------------------------------------------------------------
@@ -287,12 +288,12 @@ class Replica(Turn):
         if self._noise_chunks is not None:
             if self._noise_at >= len(self._noise):
                 self._more_noise()
-            steps = min(steps, len(self._noise) - self._noise_at)
+            steps = min(steps, int(len(self._noise) - self._noise_at))
         batch = self._engine.steady_batch()
         seqs = batch.decode_seqs
         lengths = self._decode_run_s(seqs, batch.decode_context_tokens, batch.decode_context_max, steps)
         if self._noise_chunks is not None:
-            lengths = lengths * np.array(self._noise[self._noise_at : self._noise_at + steps])
+            lengths = lengths * np.array(list(self._noise[self._noise_at : self._noise_at + steps]))
         # a running sum from the clock on: the same additions, in the same order, as step by step
         self._run_ends = np.cumsum(np.concatenate(([self._clock_s], lengths)))[1:]
         self._run_lengths = lengths

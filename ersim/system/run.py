@@ -201,15 +201,7 @@ class System:
     def _build_source(self, workload: Workload) -> ClosedUsers | OpenArrivals:
         network_s, arrive = self._config.gateway.network_s, self.gateway.arrive
         if workload.closed:
-            return ClosedUsers(
-                self.env,
-                self._config.users,
-                workload.next_request,
-                workload.think_s,
-                workload.start_s,
-                network_s,
-                arrive,
-            )
+            return ClosedUsers(self.env, self._config.users, workload, network_s, arrive)
         return OpenArrivals(self.env, workload.arrivals(), network_s, arrive)
 
     def _plan_fault(self, fault: FaultConfig) -> None:

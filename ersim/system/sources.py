@@ -8,6 +8,8 @@ from ersim.system.events import Clock
 from ersim.system.inflight import InFlight
 from ersim.system.turns import Agenda, Turn
 from ersim.types import Request
+from ersim.util.vectors import i64
+from ersim.workload.base import Workload
 
 Arrive = Callable[[InFlight], None]
 
@@ -28,40 +30,37 @@ class Source(Turn):
 class ClosedUsers(Source):
     """N users, each with one request in flight at most, thinking between answer and next prompt."""
 
-    __slots__ = ("_agenda", "_arrive", "_network_s", "_next_request", "_think_s", "_users")
+    __slots__ = ("_agenda", "_arrive", "_network_s", "_users", "_workload")
 
     def __init__(
         self,
         env: Clock,
         users: int,
-        next_request: Callable[[int], Request],
-        think_s: Callable[[int], float],
-        start_s: Callable[[int], float],
+        workload: Workload,
         network_s: float,
         arrive: Arrive,
     ) -> None:
         super().__init__()
         self._agenda: Agenda = env.agenda
-        self._next_request = next_request
-        self._think_s = think_s
+        self._workload = workload
         self._network_s = network_s
         self._arrive = arrive
         self._users: list[User] = []
         for number in range(users):
             user = User(self, number)
             self._users.append(user)
-            self._agenda.enter(user, start_s(number) + network_s)
+            self._agenda.enter(user, workload.start_s(number) + network_s)
 
     def send(self, user: int, now_s: float) -> None:
         """A request arrives at the gateway; the client sent it one network delay before."""
         self.injected += 1
-        self._arrive(InFlight(self._next_request(user), now_s - self._network_s))
+        self._arrive(InFlight(self._workload.next_request(user), now_s - self._network_s))
 
     def ended(self, flight: InFlight, client_s: float) -> None:
         """The user has the whole answer (or the error) at `client_s`, thinks and asks again."""
         user = flight.request.user
         agenda = self._agenda
-        delay_s = client_s + self._think_s(user) + self._network_s - agenda.now_s
+        delay_s = client_s + self._workload.think_s(user) + self._network_s - agenda.now_s
         agenda.enter(self._users[user], delay_s if delay_s > 0.0 else 0.0)
 
 
@@ -74,7 +73,7 @@ class User(Turn):
         self._source = source
         self._number = number
 
-    def happen(self, now_s: float, number: int) -> None:
+    def happen(self, now_s: float, number: i64) -> None:
         """Ask."""
         self._source.send(self._number, now_s)
 
@@ -99,7 +98,7 @@ class OpenArrivals(Source):
             delay_s = (request.arrival_s or 0.0) + self._network_s - self._agenda.now_s
             self._agenda.enter(self, delay_s if delay_s > 0.0 else 0.0)
 
-    def happen(self, now_s: float, number: int) -> None:
+    def happen(self, now_s: float, number: i64) -> None:
         """The next request arrives at the gateway."""
         request = self._next
         assert request is not None

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Iterator
+from typing import ClassVar
 
 from ersim.errors import SimulationError
 from ersim.types import Request
+from ersim.util.vectors import mypyc_attr
 
 
-class Workload(ABC):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Workload:
     """Requests, either of closed-loop users or arriving on their own.
 
     closed: whether users wait for their answer (then ask by user) or not (then iterate `arrivals`).
     The methods of the other kind raise SimulationError.
     """
 
-    closed: bool
+    closed: ClassVar[bool]
 
     def next_request(self, user: int) -> Request:
         """Closed: the user's next request. The k-th call for a user gives the same request always."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from ersim.config import WorkloadConfig
 from ersim.types import Request
+from ersim.util.vectors import i64, vec
 from ersim.workload.base import Workload
 from ersim.workload.draws import Draws, Sampler
 from ersim.workload.prompts import PromptSet
@@ -18,7 +19,7 @@ BLOCK_REQUESTS = 4096
 
 
 class _Block:
-    """Draws of some rounds of all users, as plain lists; choice_u and what follows only for sessions.
+    """Draws of some rounds of all users, as plain numbers; choice_u and what follows only for sessions.
 
     first: id of its first request. entered: how many users have come to it.
     """
@@ -38,10 +39,10 @@ class _Block:
     def __init__(self, draws: Draws | None, first: int, sessions: bool) -> None:
         self.first = first
         self.entered = 0
-        self.prompt_index: list[int] = draws.prompt_index.tolist() if draws else []
-        self.prompt_tokens: list[int] = draws.prompt_tokens.tolist() if draws else []
-        self.output_tokens: list[int] = draws.output_tokens.tolist() if draws else []
-        self.think_s: list[float] = draws.think_s.tolist() if draws else []
+        self.prompt_index: vec[i64] = vec[i64](draws.prompt_index.tolist() if draws else [])
+        self.prompt_tokens: vec[i64] = vec[i64](draws.prompt_tokens.tolist() if draws else [])
+        self.output_tokens: vec[i64] = vec[i64](draws.output_tokens.tolist() if draws else [])
+        self.think_s: vec[float] = vec[float](draws.think_s.tolist() if draws else [])
         more = draws if sessions else None
         self.choice_u: list[float] = more.choice_u.tolist() if more else []
         self.drawn_output_tokens: list[int] = more.drawn_output_tokens.tolist() if more else []
@@ -77,10 +78,10 @@ class ClosedWorkload(Workload):
         self._ramp_s = config.ramp_s
         self._thinks = config.think_s > 0
         self._block_rounds = max(1, block_requests // users)
-        self._size = self._block_rounds * users
+        self._size: i64 = self._block_rounds * users
         self._blocks: dict[int, _Block] = {}  # those that some user has not come to yet
         self._block: list[_Block] = [_Block(None, -1, False)] * users
-        self._at = [self._size] * users  # place of each user's next request in its block
+        self._at: vec[i64] = vec[i64]([int(self._size)] * users)  # each user's next request in its block
 
     def start_s(self, user: int) -> float:
         return self._ramp_s * user / self.users
@@ -88,9 +89,11 @@ class ClosedWorkload(Workload):
     def think_s(self, user: int) -> float:
         if not self._thinks:
             return 0.0
-        if self._at[user] >= self._size:
+        at = self._at[user]
+        if at >= self._size:
             self._enter(user)
-        return self._block[user].think_s[self._at[user]]
+            at = self._at[user]
+        return self._block[user].think_s[at]
 
     def next_request(self, user: int) -> Request:
         if self._at[user] >= self._size:
@@ -118,7 +121,7 @@ class ClosedWorkload(Workload):
 
     def _enter(self, user: int) -> None:
         """Bring the user to the next block, drawn if nobody was there; off the list once all have come."""
-        number = self._block[user].first // self._size + 1
+        number = self._block[user].first // int(self._size) + 1
         block = self._blocks.get(number) or self._draw(number)
         block.entered += 1
         if block.entered == self.users:
@@ -129,6 +132,6 @@ class ClosedWorkload(Workload):
     def _draw(self, number: int) -> _Block:
         rounds = np.arange(number * self._block_rounds, (number + 1) * self._block_rounds)
         draws = self._sampler.draw(np.arange(self.users)[None, :], rounds[:, None])
-        block = _Block(draws, number * self._size, self._sessions is not None)
+        block = _Block(draws, number * int(self._size), self._sessions is not None)
         self._blocks[number] = block
         return block
