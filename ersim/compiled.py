@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -84,10 +84,13 @@ class Binaries(MetaPathFinder):
 
 
 def use_binaries() -> None:
-    """Let imports find the compiled modules, if there are any for exactly these sources."""
+    """Let imports find the compiled modules, if there are any for exactly these sources.
+
+    They need mypyc's `librt`, which comes with mypy: an environment without it interprets.
+    """
     if os.environ.get("ERSIM_INTERPRETED", "0") not in ("", "0"):
         return
-    files = binaries(built_folder())
+    files = binaries(built_folder()) if find_spec("librt") else {}
     if files:
         sys.meta_path.insert(0, Binaries(files))
 
