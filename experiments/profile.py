@@ -135,10 +135,12 @@ def _together(
     standings = check_all(live, fleet, shared, job.workload, job.seed, say)
     runs: list[LiveRun] = []
     with GatewayProcess(settings, folder / "profile") as gateway:
-        for users in job.plan.mixed_users:
-            level = level_config(dataclasses.replace(config, seed=job.seed + users), users, job.plan.mixed_s)
-            say(f"common load: {users} users for {job.plan.mixed_s:g} s")
-            runs.append(run_level(level, shared, live, settings, gateway.url, job.plan.mixed_s, f"p{users}"))
+        for number, users in [(i, users) for i in range(job.plan.rounds) for users in job.plan.mixed_users]:
+            seconds = job.plan.mixed_s / job.plan.rounds
+            level = level_config(dataclasses.replace(config, seed=job.seed + users), users, seconds)
+            say(f"common load: {users} users for {seconds:g} s")
+            tag = f"p{users}r{number}"
+            runs.append(run_level(level, shared, live, settings, gateway.url, seconds, tag, number))
     time.sleep(1.0)
     start, end = runs[0].load.start_s, runs[-1].load.end_s
     logs = {
