@@ -24,8 +24,8 @@ from experiments.live import split_arguments
 # in the order of worth, should the time run out
 EXPERTS = ("llama3_8b_bf16", "llama3_8b_int4", "llama3_8b_fp8", "llama3_8b_int8",
            "llama3_70b_fp8", "llama3_70b_int4")  # fmt: skip
-DEFAULTS = ("live_plan=gpu", "workload=chat", "seconds=60", "warmup_s=10", "+expert.live.api_servers=4",
-            "install=true")  # fmt: skip
+DEFAULTS = ("live_plan=gpu", "workload=chat", "seconds=60", "warmup_s=10", "repeats=1",
+            "+expert.live.api_servers=4", "install=true")  # fmt: skip
 
 
 def commands(expert: str, gpu: str, users: str, overrides: Sequence[str]) -> list[list[str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ def _finish(
     say(f"MLflow: run {run_id}")
 
 
+@contextlib.contextmanager
+def failures_logged(job: LiveConfig, kind: str) -> Iterator[None]:
+    """Leave a FAILED run with the error in MLflow when what happens inside raises; the error goes on."""
+    try:
+        yield
+    except BaseException as error:
+        if job.tracking.enabled is not False and job.fleet is not None:
+            client, run_id = _new_run(job, f"{kind} {job.fleet.name}", kind)
+            client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:5000])
+            client.set_terminated(run_id, "FAILED")
+            say(f"MLflow: failed run {run_id}")
+        raise
+
+
 def log_profile(job: LiveConfig, folder: Path, figures: Mapping[str, Any]) -> None:
     """One run per expert: held-out error, noise, calibration file and figure."""
     assert job.fleet is not None
@@ -46,10 +61,12 @@ def log_profile(job: LiveConfig, folder: Path, figures: Mapping[str, Any]) -> No
         expert = job.fleet.experts[name]
         client, run_id = _new_run(job, f"profile {name}", "profile")
         numbers = [
-            (key, item[key], 0) for key in ("held_out_mape", "mape", "step_noise", "recorder_overhead")
+            (key, item[key], 0)
+            for key in ("held_out_mape", "held_out_median_mape", "mape", "step_noise", "recorder_overhead")
         ]
-        for other, slowdown in (figures.get("slowdowns") or {}).get(name, {}).items():
-            numbers.append((f"slowdown/{other}", slowdown, 0))
+        found = figures["contention"][name]
+        numbers += [(f"contention/{key}", found[key], 0) for key in ("base", "row_s", "request_s")]
+        numbers += [(f"contention/slowdown/{other}", by, 0) for other, by in found["slowdowns"].items()]
         params = {
             "fleet": figures["fleet"], "expert": name, "model": expert.model, "precision": expert.precision,
             "gpu": expert.gpu, "tp": expert.tp, "steps": item["steps"], "kv_blocks": item["kv_blocks"],

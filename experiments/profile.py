@@ -11,7 +11,6 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import asyncio
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +21,11 @@ import numpy as np
 from omegaconf import DictConfig
 
 from ersim.config import FleetConfig
+from ersim.errors import ConfigError
 from ersim.prepare import Preparations
 from ersim.steptime import Calibration, build_expert_model
 from ersim.steptime.calibration import CALIBRATION_DIR, file_name, save
-from ersim.util.files import to_json, write_json
+from ersim.util.files import set_aside, to_json, write_json
 from experiments.live_schema import (
     LiveConfig,
     home,
@@ -36,6 +36,7 @@ from experiments.live_schema import (
     simulation,
     to_live,
 )
+from experiments.live_tracking import failures_logged, log_profile
 from experiments.paths import conf_dir
 from testbed.contention import Contention, fit_contention
 from testbed.fleet import LiveFleet, replica_name
@@ -60,8 +61,8 @@ def profile(job: LiveConfig) -> dict[str, Any]:
     folder = home(job)
     for expert in job.fleet.experts.values():
         check_plan(job.plan, expert.engine.max_model_len)
-    shutil.rmtree(folder / "profile", ignore_errors=True)
-    with LiveFleet(job.fleet, folder / "profile", say) as live:
+    set_aside(folder / "profile", "*.steps.jsonl")
+    with failures_logged(job, "profile"), LiveFleet(job.fleet, folder / "profile", say) as live:
         calibrations = {name: _one_expert(job, live, name, folder) for name in job.fleet.experts}
         known = _together(job, live, calibrations, folder)
     figures: dict[str, Any] = {
@@ -96,6 +97,7 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
     live.check_alive()
     log = read_step_log(server.spec.steps_path)
     device = read_live(expert.live, expert.precision, name, expert.gpu).device
+    check_precision(expert.precision, log.meta.get("quantization"), f"fleet.experts.{name}")
     calibration = fit(expert, f"{name}_{expert.precision}_live", log, run, power.log, device, job.seed)
     path = folder / f"{name}.json"
     save(calibration, path)
@@ -107,6 +109,19 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
     _figure(job, calibration, name, log, run, folder)
     say(f"{name}: {held_out_words(calibration.fit)}, {path}")
     return calibration
+
+
+def check_precision(precision: str, served: str | None, key: str) -> None:
+    """Raise ConfigError when the server runs quantized weights for a plain precision, or the other way round.
+
+    served: vLLM's quantization method, None for weights as they are.
+    """
+    if (served is None) != (precision in ("bf16", "fp16")):
+        raise ConfigError(
+            f"{key}.precision is {precision}, but its server runs "
+            f"{'unquantized weights' if served is None else f'weights quantized by {served}'}: "
+            "give the precision of the model in live.model"
+        )
 
 
 def _figure(
@@ -154,7 +169,9 @@ def _together(
         alone = standings.get(replica_name(name, 0, fleet.experts[name].replicas), Standing())
         slow = alone.factor * slowness(logs[name], alone.probe_s)
         contention[name] = fit_contention(logs[name], model.step_time(), others, slow, job.seed)
-    ways = ways_s([record for run in runs for record in run.load.records], runs[-1].access, logs)
+    # the logs are those of each expert's first replica
+    records = [record for run in runs for record in run.load.records if not record.replica]
+    ways = ways_s(records, runs[-1].access, logs)
     known = FleetCalibration(
         fleet=job.fleet.name,
         calibrations={name: f"{name}.json" for name in calibrations},
@@ -205,8 +222,6 @@ def summary(calibration: Calibration) -> dict[str, Any]:
 def _log(job: LiveConfig, folder: Path, figures: dict[str, Any]) -> None:
     if job.tracking.enabled is False:
         return
-    from experiments.live_tracking import log_profile
-
     log_profile(job, folder, figures)
 
 

@@ -9,11 +9,11 @@ import os
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import contextlib
 import dataclasses
 import json
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ersim.errors import ConfigError, DataError, bad_value
 from ersim.prepare import Preparations
 from ersim.results import Window
 from ersim.results.compare import VALIDATED, compare
-from ersim.util.files import to_json, write_atomically, write_json
+from ersim.util.files import set_aside, to_json, write_atomically, write_json
 from experiments.live_schema import (
     LiveConfig,
     home,
@@ -38,6 +38,7 @@ from experiments.live_schema import (
     simulation,
     to_live,
 )
+from experiments.live_tracking import failures_logged, log_validation
 from experiments.paths import conf_dir
 from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import FleetCalibration, with_calibrations
@@ -88,7 +89,8 @@ def validate(job: LiveConfig) -> dict[str, Any]:
     base.gateway = known.gateway_config(job.gateway)
     shared = Preparations()
     if job.measure:
-        _measure(job, base, shared, known, folder)
+        with failures_logged(job, "validate"):
+            _measure(job, base, shared, known, folder)
     runs = _stored_runs(job, folder)
     power = read_power(folder / "runs")
     rows, summaries = _compare(job, base, shared, known, runs, power, folder)
@@ -113,10 +115,10 @@ def _measure(
 
     Before each round every server answers a few requests alone (see `testbed.standing`).
     """
-    shutil.rmtree(folder / "runs", ignore_errors=True)
-    with LiveFleet(base.fleet, folder / "runs", say) as live:
+    set_aside(folder / "runs", "*/run.json")
+    with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs"):
         settings = gateway_settings(base, shared, live, folder / "runs")
-        with GatewayProcess(settings, folder / "runs") as gateway, PowerSampler() as power:
+        with GatewayProcess(settings, folder / "runs") as gateway:
             for repeat in range(job.repeats):
                 standings = check_all(live, base.fleet, shared, job.workload, job.seed + repeat, say)
                 for users in job.users:
@@ -127,7 +129,16 @@ def _measure(
                     check_answered(run)
                     _check_version(run, known)
                     write_run(run, level, folder / "runs" / tag, standings, repeat)
-    write_power(power.log, folder / "runs")
+
+
+@contextlib.contextmanager
+def _power_kept(folder: Path) -> Iterator[None]:
+    """Sample power inside, and write what was sampled even when the measurement fails."""
+    with PowerSampler() as power:
+        try:
+            yield
+        finally:
+            write_power(power.log, folder)
 
 
 def _stored_runs(job: LiveConfig, folder: Path) -> dict[tuple[int, int], Run]:
@@ -145,6 +156,26 @@ def recorded_config(path: Path) -> SimulationConfig:
     schema = OmegaConf.structured(SimulationConfig)
     config: SimulationConfig = OmegaConf.to_object(OmegaConf.merge(schema, stored))  # type: ignore[assignment]
     return config
+
+
+def check_recorded(path: Path, level: SimulationConfig) -> None:
+    """Raise ConfigError when a stored run had another seed, workload or router than asked for."""
+    stored = recorded_config(path)
+    for name in ("seed", "users", "workload", "router"):
+        was = _flat(name, getattr(stored, name))
+        now = _flat(name, getattr(level, name))
+        for key in now:
+            if was.get(key) != now[key]:
+                raise bad_value(key, f"as in the measured run ({was.get(key)!r}, {path})", now[key])
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Dotted keys and plain values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in _flat(f"{name}.{key}", item).items()}
+    return {name: value}
 
 
 def _check_version(run: LiveRun, known: FleetCalibration) -> None:
@@ -175,11 +206,13 @@ def _compare(
         repeats = [runs[users, repeat] for repeat in range(job.repeats)]
         judged = [answered(run, window) for run in repeats]
         measured = pooled_figures(repeats, window, judged, base.objective)
+        level = level_config(base, users, job.seconds)
+        for repeat in range(job.repeats):
+            check_recorded(folder / "runs" / f"u{users}r{repeat}" / "run.json", level)
         spans = [read_span_s(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
         tokens = int(sum(frame["output_tokens"].sum() for frame, _ in repeats))
         measured["power"] = power_figures([power.between(*span) for span in spans], tokens)
         say(f"simulating {users} users")
-        level = level_config(base, users, job.seconds)
         speeds = _speeds(job, folder, users)
         told = predicted_summary(level, shared, known, window, job.replications, judged, speeds)
         speed = [{name: trace.median for name, trace in one.items()} for one in speeds]
@@ -257,8 +290,6 @@ def _draw_and_log(job: LiveConfig, folder: Path, rows: pd.DataFrame, figures: Ma
     assert job.fleet is not None
     validation_figure(rows, f"{job.fleet.name}: predicted and measured", folder / "validation.png")
     if job.tracking.enabled is not False:
-        from experiments.live_tracking import log_validation
-
         log_validation(job, folder, rows, figures)
 
 

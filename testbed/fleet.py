@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -59,11 +59,23 @@ def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]
             )
             for replica in range(expert.replicas)
         ]
+    check_gpus([spec for group in specs.values() for spec in group])
     ports = [spec.port for group in specs.values() for spec in group]
     for port in ports:
         if ports.count(port) > 1:
             raise bad_value("fleet.experts.*.live.port", "different for every replica", port)
     return specs
+
+
+def check_gpus(specs: Sequence[ServerSpec]) -> None:
+    """Raise ConfigError for servers that share a machine without saying their GPUs, or not as many as TP."""
+    on_gpu = [spec for spec in specs if spec.live.device == "gpu"]
+    for spec in on_gpu:
+        key = f"fleet.experts.{spec.expert}.live.gpus"
+        if not spec.gpus and len(on_gpu) > 1:
+            raise bad_value(key, f"given when {len(on_gpu)} servers share the machine", spec.gpus)
+        if spec.gpus and len(spec.gpus) != spec.tp:
+            raise bad_value(key, f"{spec.tp} of them for each replica (tp={spec.tp})", spec.gpus)
 
 
 class LiveFleet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,18 @@ def _plain(value: Any) -> Any:
 def to_json(value: Any, indent: int | None = 2) -> str:
     """Serialise dataclass-free data; numpy values become plain ones, non-finite numbers null."""
     return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def set_aside(folder: Path, holds: str) -> None:
+    """Move a folder to `<name>.previous`, in place of what lay there; only if it holds a match of `holds`.
+
+    Without a match nothing worth keeping is in it, and it is removed.
+    """
+    if folder.is_dir() and any(folder.glob(holds)):
+        previous = folder.with_name(f"{folder.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -30,8 +30,9 @@ class Metrics:
             "ersim_retries_total", "Attempts after the first", ["expert"], registry=self.registry
         )
         self.routing_s = Histogram(
-            "ersim_routing_seconds", "Time the policy took", buckets=FINE_S, registry=self.registry
-        )
+            "ersim_routing_seconds", "Time the policy took, by the expert it chose", ["expert"],
+            buckets=FINE_S, registry=self.registry,
+        )  # fmt: skip
         self.overhead_s = Histogram(
             "ersim_overhead_seconds", "From the request's arrival to its sending upstream, queue excluded",
             buckets=FINE_S, registry=self.registry,

@@ -74,9 +74,10 @@ class Proxy:
             raise Unanswered(
                 404, "unknown_model", f"model {exchange.wanted!r} does not exist; see /v1/models"
             )
-        exchange.routing_s += time.perf_counter() - begin
+        took_s = time.perf_counter() - begin
+        exchange.routing_s += took_s
         exchange.expert, exchange.reason = decision.expert, decision.reason
-        self._metrics.routing_s.observe(exchange.routing_s)
+        self._metrics.routing_s.labels(self._fleet.experts[decision.expert].name).observe(took_s)
 
     async def answer(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
         """The whole life of one request. Raises Unanswered while nothing has been sent."""

@@ -79,6 +79,8 @@ class Expert:
         try:
             await asyncio.wait_for(waiter, self._timeout_s)
         except TimeoutError:
+            if waiter.done() and not waiter.cancelled():
+                return  # handed over in the very turn of the loop in which the time ran out
             self._forget(waiter)
             raise QueueFull(f"{self.name}: no slot within {self._timeout_s:g} s") from None
         except asyncio.CancelledError:

@@ -32,13 +32,18 @@ class Setup:
     access_log: Path
 
 
-async def serve(stack: AsyncExitStack, app: web.Application, port: int) -> web.AppRunner:
-    """Run an application on loopback until the stack closes."""
+async def serve(stack: AsyncExitStack, app: web.Application, port: int = 0) -> web.AppRunner:
+    """Run an application on loopback until the stack closes; port 0 takes a free one."""
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.2)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
     return runner
+
+
+def port_of(runner: web.AppRunner) -> int:
+    """Where a running application listens."""
+    return int(runner.addresses[0][1])
 
 
 @pytest.fixture
@@ -50,11 +55,12 @@ async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             experts: int = 2, policy: str | Policy = "round_robin", slots: int = 64, **options: Any
         ) -> Setup:
             stubs = [Stub() for _ in range(experts)]
-            ports = [free_port() for _ in range(experts)]
+            ports = [0] * experts  # what a client or another test has taken meanwhile cannot be asked for
             runners: dict[int, web.AppRunner] = {}
 
             async def start(index: int) -> None:
                 runners[index] = await serve(stack, stubs[index].app(), ports[index])
+                ports[index] = port_of(runners[index])
 
             async def stop(index: int) -> None:
                 await runners[index].cleanup()
@@ -75,8 +81,8 @@ async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
                 **{"health_period_s": 0.1, "health_timeout_s": 0.1, **options},
             )  # fmt: skip
             gateway = build_gateway(settings)
-            await serve(stack, gateway.app(), settings.port)
+            port = port_of(await serve(stack, gateway.app()))
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            return Setup(f"http://127.0.0.1:{settings.port}", gateway, stubs, session, stop, start, log)
+            return Setup(f"http://127.0.0.1:{port}", gateway, stubs, session, stop, start, log)
 
         yield make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from ersim.config import ExpertConfig, FleetConfig, GatewayConfig
+from ersim.config import ExpertConfig, FleetConfig, GatewayConfig, SimulationConfig
 from ersim.errors import ConfigError, DataError
 from experiments.gpu_session import commands
 from experiments.live import split_arguments
 from experiments.live_schema import LiveConfig, list_overrides
-from experiments.validate import check_loads
+from experiments.live_tracking import failures_logged
+from experiments.profile import check_precision
+from experiments.validate import check_loads, check_recorded
 from testbed.contention import Contention
+from testbed.fleet import server_specs
 from testbed.fleet_calibration import FleetCalibration, load, save, with_calibrations
 from testbed.step_scatter import StepScatter
 
@@ -46,6 +50,7 @@ def test_both_commands_get_what_concerns_them() -> None:
 def test_a_gpu_session_profiles_then_validates_with_overrides_last() -> None:
     profile, validate = commands("llama3_8b_bf16", "h200-141gb", "1,10", ["workload=sessions"])
     assert "install=true" in profile and "live_plan=gpu" in profile and "install=true" not in validate
+    assert "repeats=1" in validate and "repeats=1" not in profile
     assert "users=1,10" in validate and "workload=chat" not in profile + validate
 
 
@@ -94,3 +99,59 @@ def test_bad_input_is_one_message_and_a_status(arguments: tuple[str, ...], messa
     done = run(*arguments)
     assert done.returncode in (1, 2)
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_stored_run_is_predicted_only_as_it_was_measured(tmp_path: Path) -> None:
+    level = SimulationConfig(users=4, seed=7, fleet=FleetConfig("f", experts={"a": ExpertConfig()}))
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"config": dataclasses.asdict(level)}))
+    check_recorded(path, level)
+    with pytest.raises(ConfigError, match=r"seed must be as in the measured run \(7, .*run\.json\), got 8"):
+        check_recorded(path, dataclasses.replace(level, seed=8))
+    busier = dataclasses.replace(level, workload=dataclasses.replace(level.workload, think_s=9.0))
+    with pytest.raises(ConfigError, match=r"workload\.think_s must be as in the measured run"):
+        check_recorded(path, busier)
+
+
+def test_weights_of_another_precision_than_said_are_refused() -> None:
+    check_precision("bf16", None, "fleet.experts.a")
+    check_precision("int4", "awq_marlin", "fleet.experts.a")
+    with pytest.raises(ConfigError, match=r"fleet\.experts\.a\.precision is fp8, but its server runs unq"):
+        check_precision("fp8", None, "fleet.experts.a")
+    with pytest.raises(ConfigError, match="weights quantized by gptq"):
+        check_precision("fp16", "gptq", "fleet.experts.a")
+
+
+def test_gpu_servers_that_share_a_machine_say_where(tmp_path: Path) -> None:
+    def fleet(*gpus: list[list[int]], tp: int = 1) -> FleetConfig:
+        experts = {
+            f"e{i}": ExpertConfig(gpu="h100-80gb", tp=tp, live={"gpus": given} if given else {})
+            for i, given in enumerate(gpus)
+        }
+        return FleetConfig("f", experts=experts)
+
+    assert len(server_specs(fleet([[0]], [[1]]), tmp_path)) == 2
+    assert len(server_specs(fleet([]), tmp_path)) == 1, "a server alone takes what is there"
+    with pytest.raises(ConfigError, match=r"e1\.live\.gpus must be given when 2 servers share the machine"):
+        server_specs(fleet([[0]], []), tmp_path)
+    with pytest.raises(ConfigError, match=r"e0\.live\.gpus must be 2 of them for each replica"):
+        server_specs(fleet([[0]], tp=2), tmp_path)
+
+
+def test_a_failed_measurement_is_a_failed_run(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/runs.db"
+    job = LiveConfig(fleet=FleetConfig("f", experts={"a": ExpertConfig()}))
+    job.tracking.uri = uri
+    with pytest.raises(ConfigError, match="it died"), failures_logged(job, "validate"):
+        raise ConfigError("it died")
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("ersim-live")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED" and "it died" in run.data.tags["error"]
+    job.tracking.enabled = False
+    with pytest.raises(ConfigError), failures_logged(job, "validate"):
+        raise ConfigError("again")
+    assert len(client.search_runs([experiment.experiment_id])) == 1

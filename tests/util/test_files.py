@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ersim.util.files import to_json, write_atomically, write_json
+from ersim.util.files import set_aside, to_json, write_atomically, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
@@ -28,3 +28,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
 def test_numpy_and_non_finite_values_become_json() -> None:
     value = {"n": np.int64(3), "x": np.array([1.0, np.nan]), "inf": float("inf"), 1: (True, None)}
     assert json.loads(to_json(value)) == {"n": 3, "x": [1.0, None], "inf": None, "1": [True, None]}
+
+
+def test_earlier_results_are_set_aside_not_lost(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    (folder / "u1r0").mkdir(parents=True)
+    (folder / "u1r0" / "run.json").write_text("first")
+    set_aside(folder, "*/run.json")
+    assert not folder.exists()
+    (folder / "models").mkdir(parents=True)  # a start that failed leaves this much
+    set_aside(folder, "*/run.json")
+    assert not folder.exists()
+    assert (tmp_path / "runs.previous" / "u1r0" / "run.json").read_text() == "first"
+    set_aside(folder, "*/run.json")  # nothing there at all
