@@ -40,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "ersim needs Python 3.11 or later; $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "Python's venv module failed (on Debian and Ubuntu: install python3-venv)"; exit 1; }
-	@echo "installing the pinned dependencies into $(VENV) (once, about a minute)"
+	@echo "installing the pinned dependencies into $(VENV) (once, one to two minutes)"
 	@$(PY) -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $@
 
