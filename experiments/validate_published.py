@@ -50,13 +50,18 @@ PEERS: Mapping[tuple[str, str], str] = {
 }
 
 # Published runs that we looked at while choosing how the model works: what that decided.
+OBSERVED_DIGIT_MS = 5.1e-5  # half of the last digit kept in observations.yaml
 SEEN: Mapping[str, str] = {
+    "h200_llama3.1-70b_fp8": (
+        "that its KV cache was fp8 is not recorded; it was concluded from the checkpoint's KV scales and from "
+        "64 users of 8,192 tokens having fitted one GPU in these rows"
+    ),
     "rtx4090_llama3.1-8b_tp1": (
         "while looking at this run were chosen: 1.5 us of launch taken off every profiled kernel (two in "
         "attention), 0.1 ms instead of 0.2 between steps for profiles, the median for uneven contexts, the "
         "rows behind the mixed-batch fit, hiding the host's time per sequence, and counting from the end of "
         "the step in which a request is queued"
-    )
+    ),
 }
 
 
@@ -117,7 +122,11 @@ class Options:
 def judged_expert(case: Case, options: Options = Options()) -> ExpertModel:
     """The expert with coefficients that never saw the rows it is judged on."""
     whole, other_gpus = options.whole_runs or options.other_gpus, options.other_gpus
-    own = {(row.run, row.group) for row in load_observations() if _is_of(row, case, whole_run=whole)}
+    observed = load_observations()
+    own = {(row.run, row.group) for row in observed if _is_of(row, case, whole_run=whole)}
+    if whole:  # all rows of a series that the case is a part of, whatever its folder is called
+        runs = {run for run, _ in own}
+        own |= {(row.run, row.group) for row in observed if row.run in runs}
     overheads = load_overheads(leave_out=lambda row: (row.run, row.group) in own)
     expert = expert_model(case.expert, overheads)
     if not other_gpus or expert.gpu is None:
@@ -132,7 +141,8 @@ def _is_of(row: Observation, case: Case, whole_run: bool) -> bool:
     if row.run == case.run:
         return whole_run or row.group == fold(case)
     measured = [figures.get("mean_tpot_ms") for figures in case.measured.values()]
-    return any(value is not None and abs(value / row.tpot_ms - 1) < 1e-5 for value in measured)
+    close_ms = max(1e-5 * row.tpot_ms, OBSERVED_DIGIT_MS)
+    return any(value is not None and abs(value - row.tpot_ms) <= close_ms for value in measured)
 
 
 def with_predicted_blocks(case: Case) -> Case | None:
