@@ -53,8 +53,8 @@ PEERS: Mapping[tuple[str, str], str] = {
 OBSERVED_DIGIT_MS = 5.1e-5  # half of the last digit kept in observations.yaml
 SEEN: Mapping[str, str] = {
     "h200_llama3.1-70b_fp8": (
-        "that its KV cache was fp8 is not recorded; it was concluded from the checkpoint's KV scales and from "
-        "64 users of 8,192 tokens having fitted one GPU in these rows"
+        "that its KV cache was fp8 is not recorded; it was concluded from the checkpoint's KV scales and "
+        "from 64 users of 8,192 tokens having fitted one GPU in these rows"
     ),
     "rtx4090_llama3.1-8b_tp1": (
         "while looking at this run were chosen: 1.5 us of launch taken off every profiled kernel (two in "
