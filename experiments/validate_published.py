@@ -174,8 +174,11 @@ def predict(case: Case, options: Options = Options()) -> list[Comparison]:
     expert = judged_expert(case, options)
     frontend = expert.calibration.frontend
     middles: dict[str, list[dict[str, float]]] = {group: [] for group in case.measured}
+    beyond: set[str] = set()
     for number in range(MIDDLES):
-        requests = simulate_case(case, expert, expert.step_time(None), frontend, seed=number)
+        mean = expert.step_time(None)
+        requests = simulate_case(case, expert, mean, frontend, seed=number)
+        beyond |= set(getattr(mean, "beyond", {}))
         for group, found in middles.items():
             found.append(figures(requests, case, group))
     draws: dict[str, list[dict[str, float]]] = {group: [] for group in case.measured}
@@ -189,6 +192,8 @@ def predict(case: Case, options: Options = Options()) -> list[Comparison]:
             found.append(figures(requests, case, group))
     name = expert.calibration.name
     label = name if expert.calibration.calibrated else f"uncalibrated: {name}"
+    if beyond:
+        label += f" (steps beyond its range: {', '.join(sorted(beyond))})"
     known = published_name(case)
     return [
         _compare(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ersim.errors import DataError
+from experiments import validate_published
 from experiments.observe_runs import fold
 from experiments.overheads import load_observations
 from experiments.published_names import (
@@ -241,6 +242,22 @@ def test_another_gpus_calibration_is_carried_over_when_asked(runs):
     assert "carried over from h200-141gb/llama3.1-8b_fp8_tp1" in other.calibration.name
     rows = [(row.error, row.half_width) for row in predict(case, Options(2, other_gpus=True))]
     assert len(rows) == 2 and all(width <= 0.2501 for _, width in rows)
+
+
+def test_steps_beyond_a_calibrations_range_are_said(runs, monkeypatch):
+    (case,) = read_runs(runs / "closed")
+    expert = judged_expert(case)
+    assert not any("beyond its range" in row.calibration for row in predict(case, Options(2)))
+    narrow = dataclasses.replace(
+        expert.calibration, valid={**expert.calibration.valid, "context_tokens": (0, 8), "tokens": (1, 8)}
+    )
+    monkeypatch.setattr(
+        validate_published,
+        "judged_expert",
+        lambda case, options: dataclasses.replace(expert, calibration=narrow),
+    )
+    rows = predict(case, Options(2))
+    assert all(row.calibration.endswith("(steps beyond its range: context_tokens, tokens)") for row in rows)
 
 
 def test_statistics_are_named_as_they_are_measured():
