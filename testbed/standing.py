@@ -3,8 +3,8 @@
 Two starts of one server on one machine differ. In one `make live` every step of the larger expert
 took 25 % longer than in the start that had been profiled minutes before, in all runs alike, with the
 engine's thread on its core for 99 % of the time (where its weights came to lie in memory may be why).
-So before each run every server answers a few fixed requests alone. What its steps take over what its calibration
-says is its factor; no request of the run is looked at. Not used on GPUs.
+So before each round of runs every server answers a few fixed requests alone. What its steps take over
+what its calibration says is its factor; no request of a run is looked at. Not used on GPUs.
 """
 
 from __future__ import annotations
