@@ -73,7 +73,7 @@ def pooled_figures(
     frames = [frame[frame["request_id"].isin(ids)] for (frame, _), ids in zip(runs, judged, strict=True)]
     same = summarise(pd.concat(frames, ignore_index=True), Gaps.concatenate([]), ALWAYS, **goals)
     figures.update({name: value for name, value in same.items() if name.endswith(OF_REQUESTS)})
-    figures["judged_requests"] = int(sum(len(ids) for ids in judged))
+    figures["judged_requests"] = sum(len(frame) for frame in frames)  # fewer than asked: some did not end
     figures["per_expert"] = breakdown(sample.requests, sample.window, "expert")
     return figures
 
