@@ -2,7 +2,8 @@
 
 It computes nothing, so that what is measured is the gateway. Never used to predict or validate.
 ``python -m testbed.stub_upstream PORT`` serves; answers hold `max_tokens` one-token events, spaced
-by `pace_s` of the body (0 by default), and `fail` of the body asks for a fault: "500", "cut".
+by `pace_s` of the body (0 by default), and `fail` of the body asks for a fault: "500", "cut". A stub whose
+`refuses` is a status answers every completion with it while its health stays good.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Stub:
         self.aborted = 0
         self.bodies: list[bytes] = []
         self.keep_bodies = False
+        self.refuses: int | None = None
 
     def app(self) -> web.Application:
         """The aiohttp application."""
@@ -48,8 +50,9 @@ class Stub:
         self.requests += 1
         if self.keep_bodies:
             self.bodies.append(raw)
-        if body.get("fail") == "500":
-            return web.json_response({"error": {"message": "asked to fail"}}, status=500)
+        status = 500 if body.get("fail") == "500" else self.refuses
+        if status is not None:
+            return web.json_response({"error": {"message": "asked to fail"}}, status=status)
         if not body.get("stream"):
             return web.json_response({"choices": [{"index": 0, "text": "w3"}], "model": body.get("model")})
         return await self._stream(request, body)

@@ -39,7 +39,7 @@ class Exchange:
     last_out_s: float | None = None
     status: int = 0
     error: str | None = None
-    left: set[int] = field(default_factory=set)  # experts that could not answer
+    tried: set[tuple[int, int]] = field(default_factory=set)  # (expert, replica) that failed
 
     @property
     def wanted(self) -> str:

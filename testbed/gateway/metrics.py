@@ -29,6 +29,10 @@ class Metrics:
         self.retries = Counter(
             "ersim_retries_total", "Attempts after the first", ["expert"], registry=self.registry
         )
+        self.failovers = Counter(
+            "ersim_failovers_total", "Requests handed on to another expert after a failure", ["expert", "to"],
+            registry=self.registry,
+        )  # fmt: skip
         self.routing_s = Histogram(
             "ersim_routing_seconds", "Time the policy took, by the expert it chose", ["expert"],
             buckets=FINE_S, registry=self.registry,

@@ -1,8 +1,9 @@
 """Sends a request to an expert and its answer back, byte for byte.
 
-Before the first byte of the answer everything may be tried again: another replica, and, when the
-chosen expert is down altogether, another expert. After it nothing is: a broken stream stays broken,
-is cut where it broke, and is counted.
+Before the first byte of the answer everything may be tried again: on another replica, and, when the
+chosen expert has none left or only one attempt is, on another expert. What a request has tried in
+vain is not healthy in that request's eyes, so that the policy itself chooses among the rest. After
+the first byte nothing is tried: a broken stream stays broken, is cut where it broke, and is counted.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Proxy:
         begin = time.perf_counter()
         if exchange.automatic:
             try:
-                decision = self._policy.route(exchange.query, self._fleet.state)
+                decision = self._policy.route(exchange.query, self._fleet.state_left(exchange.tried))
             except ErsimError as error:
                 raise Unanswered(503, "no_replica", str(error)) from error
         elif exchange.wanted in self._fleet.by_name:
@@ -98,25 +99,56 @@ class Proxy:
                 expert.give_slot()
 
     def _elsewhere(self, exchange: Exchange, expert: Expert, broken: BrokenAttempt) -> None:
-        """Choose another expert after all attempts with one failed, or give up."""
-        may = self._settings.failover and exchange.automatic and not expert.healthy
-        exchange.left.add(exchange.expert)
-        if may and exchange.attempts < self._settings.attempts:
+        """Let the policy choose another expert after one failed, or give up."""
+        if exchange.attempts < self._settings.attempts and self._others_left(exchange):
+            exchange.tried.update((exchange.expert, replica.index) for replica in expert.replicas)
             self.decide(exchange)
-            if exchange.expert not in exchange.left:
-                exchange.reason = f"failover: {exchange.reason}"
+            if self._has_left(exchange, exchange.expert):
+                exchange.reason = f"failover from {expert.name}: {exchange.reason}"
+                self._metrics.failovers.labels(expert.name, self._fleet.experts[exchange.expert].name).inc()
                 return
         status = 504 if broken.kind == "timeout" else 503 if broken.kind == "no_replica" else 502
         raise Unanswered(status, broken.kind, f"expert {expert.name}: {broken}") from broken
 
+    def _has_left(self, exchange: Exchange, expert: int) -> bool:
+        """Whether the expert has a healthy replica that this request has not tried."""
+        return any(one.healthy for one in self._fleet.replicas_left(expert, exchange.tried))
+
+    def _others_left(self, exchange: Exchange) -> bool:
+        """Whether an expert other than the present one may be asked."""
+        if not (self._settings.failover and exchange.automatic):
+            return False
+        others = (index for index in range(len(self._fleet.experts)) if index != exchange.expert)
+        return any(self._has_left(exchange, index) for index in others)
+
+    def _pick(self, exchange: Exchange, expert: Expert) -> Replica:
+        """The replica for the next attempt; a tried one again only when nothing else may be asked.
+
+        Raises NoHealthyReplica when the request had better go to another expert, or none is healthy.
+        """
+        if not exchange.tried:
+            return expert.replicas[expert.balancer.pick(expert.replicas)]
+        others = self._others_left(exchange)
+        if others and exchange.attempts == self._settings.attempts - 1 and self._was_tried(exchange):
+            raise NoHealthyReplica(f"the last attempt is not for {expert.name}")
+        if others or self._has_left(exchange, exchange.expert):
+            left = self._fleet.replicas_left(exchange.expert, exchange.tried)
+            return expert.replicas[expert.balancer.pick(left)]
+        return expert.replicas[expert.balancer.pick(expert.replicas)]
+
+    @staticmethod
+    def _was_tried(exchange: Exchange) -> bool:
+        """Whether any replica of the present expert has failed this request."""
+        return any(index == exchange.expert for index, _ in exchange.tried)
+
     async def _with_expert(
         self, request: web.Request, exchange: Exchange, expert: Expert
     ) -> web.StreamResponse:
-        """Try the expert's healthy replicas until one begins to answer."""
+        """Try the expert until a replica begins to answer, or the request had better go elsewhere."""
         last: BrokenAttempt | None = None
         while exchange.attempts < self._settings.attempts:
             try:
-                replica = expert.replicas[expert.balancer.pick(expert.replicas)]
+                replica = self._pick(exchange, expert)
             except NoHealthyReplica as none:
                 raise last or BrokenAttempt("no_replica", str(none)) from none
             exchange.attempts += 1
@@ -127,6 +159,7 @@ class Proxy:
                 return await self._attempt(request, exchange, expert, replica)
             except BrokenAttempt as broken:
                 self._metrics.errors.labels(expert.name, broken.kind).inc()
+                exchange.tried.add((exchange.expert, replica.index))
                 last = broken
             finally:
                 replica.in_flight -= 1

@@ -35,9 +35,9 @@ class GatewaySettings:
     """Everything the gateway needs.
 
     policy_path: a fitted policy (its experts must be these, in this order). queue_limit: requests
-    that may wait per expert, beyond it 429. attempts: how many replicas are tried for one request
-    before its first byte. failover: whether another expert may answer when all replicas of the
-    chosen one are down. api_keys: empty means open. access_log: one JSON line per request.
+    that may wait per expert, beyond it 429. attempts: how often one request is tried before its
+    first byte. failover: whether another expert may answer when the chosen one is down or fails.
+    api_keys: empty means open. access_log: one JSON line per request.
     """
 
     experts: list[ExpertEndpoint]

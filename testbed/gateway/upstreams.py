@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import aiohttp
 
 from ersim.routing import Balancer, build_balancer
-from ersim.types import ExpertState, FleetState
+from ersim.types import ExpertState, FleetState, ReplicaState
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
 
 FAILS_DOWN = 3  # probes in a row that must fail by time-out; a refused connection counts as all of them
@@ -37,6 +38,16 @@ class Replica:
     def waiting(self) -> int:
         """Requests under way beyond that."""
         return max(0, self.in_flight - self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class TriedReplica:
+    """A replica as a request sees it that has tried it in vain: as loaded as it is, and not healthy."""
+
+    running: int
+    waiting: int
+    kv_used_fraction: float
+    healthy: bool = False
 
 
 class QueueFull(Exception):
@@ -119,6 +130,26 @@ class Fleet:
     def replicas(self) -> Sequence[Replica]:
         """Every replica of every expert."""
         return [replica for expert in self.experts for replica in expert.replicas]
+
+    def replicas_left(self, expert: int, tried: Collection[tuple[int, int]]) -> Sequence[ReplicaState]:
+        """An expert's replicas for a request that has `tried` some (expert, replica) in vain."""
+        return [
+            TriedReplica(one.running, one.waiting, one.kv_used_fraction)
+            if (expert, one.index) in tried
+            else one
+            for one in self.experts[expert].replicas
+        ]
+
+    def state_left(self, tried: Collection[tuple[int, int]]) -> FleetState:
+        """The whole fleet for such a request: what the policy is asked with."""
+        if not tried:
+            return self.state
+        return FleetState(
+            [
+                replace(state, replicas=self.replicas_left(index, tried))
+                for index, state in enumerate(self.state.experts)
+            ]
+        )
 
     async def watch(self, session: aiohttp.ClientSession) -> None:
         """Ask every replica for its health, for ever: who died is skipped, who is back is used."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from testbed.stub_upstream import Stub
 
 @dataclass
 class Setup:
-    """A running gateway with stubs behind it; stubs[expert] is one server."""
+    """A running gateway with stubs behind it; each is one server: the experts' replicas in order."""
 
     url: str
     gateway: Gateway
@@ -48,14 +48,22 @@ def port_of(runner: web.AppRunner) -> int:
 
 @pytest.fixture
 async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """Factory: `await make_gateway(experts=2, policy=name_or_fitted, **settings)`; experts are e0, e1 ..."""
+    """Factory: `await make_gateway(experts=2, policy=name_or_fitted, **settings)`; experts are e0, e1 ...
+
+    replicas: so many of each expert, one when None.
+    """
     async with AsyncExitStack() as stack:
 
         async def make(
-            experts: int = 2, policy: str | Policy = "round_robin", slots: int = 64, **options: Any
+            experts: int = 2,
+            policy: str | Policy = "round_robin",
+            slots: int = 64,
+            replicas: Sequence[int] | None = None,
+            **options: Any,
         ) -> Setup:
-            stubs = [Stub() for _ in range(experts)]
-            ports = [0] * experts  # what a client or another test has taken meanwhile cannot be asked for
+            owners = [f"e{i}" for i, count in enumerate(replicas or [1] * experts) for _ in range(count)]
+            stubs = [Stub() for _ in owners]
+            ports = [0] * len(owners)  # what a client or another test has taken meanwhile cannot be asked for
             runners: dict[int, web.AppRunner] = {}
 
             async def start(index: int) -> None:
@@ -65,12 +73,12 @@ async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             async def stop(index: int) -> None:
                 await runners[index].cleanup()
 
-            for index in range(experts):
+            for index in range(len(stubs)):
                 await start(index)
-            endpoints = [
-                ExpertEndpoint(f"e{i}", [f"http://127.0.0.1:{port}"], slots=slots)
-                for i, port in enumerate(ports)
-            ]
+            urls: dict[str, list[str]] = {}
+            for owner, port in zip(owners, ports, strict=True):
+                urls.setdefault(owner, []).append(f"http://127.0.0.1:{port}")
+            endpoints = [ExpertEndpoint(owner, its, slots=slots) for owner, its in urls.items()]
             path = tmp_path / "policy.bin"
             if isinstance(policy, str):
                 policy = create_policy(policy, [ExpertProfile(e.name, "m") for e in endpoints], {})

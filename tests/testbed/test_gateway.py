@@ -105,6 +105,85 @@ async def test_server_errors_are_retried_and_then_reported(make_gateway: Any) ->
     assert "HTTP 500" in json.loads(data)["error"]["message"]
 
 
+def counted(setup: Any, counter: str, *labels: str) -> float:
+    return float(getattr(setup.gateway.metrics, counter).labels(*labels)._value.get())
+
+
+@pytest.mark.parametrize("refused", [500, 503])
+async def test_an_expert_that_answers_5xx_though_healthy_is_replaced_by_another(
+    make_gateway: Any, refused: int
+) -> None:
+    setup = await make_gateway(experts=3, policy="round_robin")
+    setup.stubs[0].refuses = refused
+    answered = [await post(setup, BODY) for _ in range(6)]
+    assert [status for status, _, _ in answered] == [200] * 6
+    moved = [headers for _, _, headers in answered if "failover from e0" in headers["X-Ersim-Reason"]]
+    assert moved and {headers["X-Ersim-Expert"] for _, _, headers in answered} == {"e1", "e2"}
+    failed = setup.stubs[0].requests
+    assert failed == len(moved), "each request asks the failing expert once"
+    assert counted(setup, "errors", "e0", "upstream_status") == failed
+    assert sum(counted(setup, "failovers", "e0", to) for to in ("e1", "e2")) == failed
+    assert setup.gateway.fleet.replicas[0].healthy, "its health check is still passed"
+    async with setup.session.get(setup.url + "/metrics") as answer:
+        assert 'ersim_failovers_total{expert="e0",to="e' in await answer.text()
+    setup.stubs[0].refuses = None
+    assert "e0" in {(await post(setup, BODY))[2]["X-Ersim-Expert"] for _ in range(3)}, "masked once"
+
+
+async def test_the_policy_itself_chooses_who_takes_over(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=3, policy="least_loaded")
+    setup.stubs[0].refuses = 500
+    setup.gateway.fleet.replicas[1].in_flight = 5
+    status, _, headers = await post(setup, BODY)
+    assert (status, headers["X-Ersim-Expert"]) == (200, "e2"), "the least loaded of those that are left"
+    assert headers["X-Ersim-Reason"] == "failover from e0: least_loaded"
+
+
+async def test_when_every_expert_fails_the_last_error_is_told(make_gateway: Any) -> None:
+    setup = await make_gateway(attempts=5)
+    for stub in setup.stubs:
+        stub.refuses = 500
+    status, data, _ = await post(setup, BODY)
+    assert status == 502 and "HTTP 500" in json.loads(data)["error"]["message"]
+    assert [stub.requests for stub in setup.stubs] in ([1, 4], [4, 1]), "both, then what is left to try"
+    assert all(expert._free == 64 for expert in setup.gateway.fleet.experts)
+
+
+async def test_who_asks_for_an_expert_by_name_gets_no_other(make_gateway: Any) -> None:
+    setup = await make_gateway()
+    setup.stubs[0].refuses = 500
+    assert (await post(setup, {**BODY, "model": "e0"}))[0] == 502
+    assert [stub.requests for stub in setup.stubs] == [3, 0]
+
+
+async def test_without_failover_no_other_expert_is_asked(make_gateway: Any) -> None:
+    setup = await make_gateway(policy="fixed", failover=False)
+    setup.stubs[0].refuses = 500
+    assert (await post(setup, BODY))[0] == 502 and setup.stubs[1].requests == 0
+
+
+@pytest.mark.parametrize("refused", [400, 404, 422])
+async def test_a_refusal_of_the_request_itself_is_passed_on_and_never_retried(
+    make_gateway: Any, refused: int
+) -> None:
+    setup = await make_gateway(policy="fixed")
+    setup.stubs[0].refuses = refused
+    status, data, headers = await post(setup, BODY)
+    assert status == refused and b"asked to fail" in data and headers["X-Ersim-Expert"] == "e0"
+    assert [stub.requests for stub in setup.stubs] == [1, 0]
+
+
+@pytest.mark.parametrize(("attempts", "asked"), [(3, [1, 1, 1]), (2, [1, 0, 1]), (1, [1, 0, 0])])
+async def test_other_replicas_are_tried_first_and_the_last_attempt_is_for_another_expert(
+    make_gateway: Any, attempts: int, asked: list[int]
+) -> None:
+    setup = await make_gateway(attempts=attempts, policy="fixed", replicas=[2, 1])
+    setup.stubs[0].refuses = setup.stubs[1].refuses = 500
+    status, _, headers = await post(setup, BODY)
+    assert [stub.requests for stub in setup.stubs] == asked
+    assert (status, headers["X-Ersim-Expert"]) == ((200, "e1") if attempts > 1 else (502, "e0"))
+
+
 async def test_a_broken_stream_stays_broken_and_is_counted(make_gateway: Any) -> None:
     setup = await make_gateway(experts=1)
     with pytest.raises(aiohttp.ClientError):
