@@ -50,7 +50,7 @@ from testbed.measured import power_figures
 from testbed.measured_run import read_power, read_run, read_span_s, read_speed, write_power, write_run
 from testbed.pooled import Run, answered, pooled_figures
 from testbed.power import PowerLog, PowerSampler
-from testbed.predict import predicted_summary, shares
+from testbed.predict import predicted_summary, with_shares
 from testbed.replay import replay
 from testbed.standing import check_all
 from testbed.step_log import read_step_log
@@ -236,16 +236,9 @@ def _rows(
     users: int, measured: dict[str, Any], told: dict[str, Any], experts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Measured against predicted, metric by metric, then the share per expert."""
-    rows = [{"users": users, **dataclasses.asdict(row)} for row in compare(measured, told, METRICS)]
-    found, predicted = shares(measured, experts), shares(told, experts)
-    for name in experts:
-        real = found[name]
-        error = predicted[name] / real - 1 if real else float("nan")
-        rows.append(
-            {"users": users, "metric": f"share_{name}", "measured": real, "predicted": predicted[name],
-             "low": None, "high": None, "error": error, "inside": None}
-        )  # fmt: skip
-    return rows
+    metrics = (*METRICS, *(f"share_{name}" for name in experts))
+    found = compare(with_shares(measured, experts), with_shares(told, experts), metrics)
+    return [{"users": users, **dataclasses.asdict(row)} for row in found]
 
 
 def _figures(

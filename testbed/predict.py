@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -141,8 +142,16 @@ def _seen_by_clients(
     return add_waits(frame, known.waits, rng), output.gaps
 
 
-def shares(summary: dict[str, object], experts: Sequence[str]) -> dict[str, float]:
-    """Share of requests per expert."""
+def with_shares(summary: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:
+    """The summary and `share_<expert>`, of completed requests, with its interval where there is one.
+
+    An expert that completed nothing has a share of 0.
+    """
     blocks = summary.get("per_expert") or {}
-    assert isinstance(blocks, dict)
-    return {name: float((blocks.get(name) or {}).get("share") or 0.0) for name in experts}
+    found = dict(summary)
+    for name in experts:
+        block = blocks.get(name) or {}
+        found[f"share_{name}"] = float(block.get("share") or 0.0)
+        for edge in ("low", "high"):
+            found[f"share_{name}_{edge}"] = block.get(f"share_{edge}")
+    return found

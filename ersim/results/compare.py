@@ -50,7 +50,7 @@ def compare(
             continue
         low, high = predicted.get(f"{metric}_low"), predicted.get(f"{metric}_high")
         inside = None if low is None or high is None else low <= real <= high
-        error = told / real - 1 if real else math.inf
+        error = told / real - 1 if real else math.inf if told else 0.0
         rows.append(Comparison(metric, float(real), float(told), low, high, error, inside))
     return rows
 

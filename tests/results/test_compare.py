@@ -23,6 +23,11 @@ def test_error_sign_and_interval() -> None:
     assert rows["median_ttft_ms"].inside is None
 
 
+def test_what_is_zero_on_both_sides_is_no_error() -> None:
+    rows = compare({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, ("a", "b"))
+    assert [row.error for row in rows] == [0.0, np.inf]
+
+
 def test_common_random_numbers_tell_fleets_apart_that_independent_runs_would_not() -> None:
     shared = np.random.default_rng(4).normal(100.0, 10.0, 6)
     a = [{"x": value * 1.02} for value in shared]

@@ -9,6 +9,7 @@ import pytest
 from ersim.config import ObjectiveConfig
 from ersim.results import REQUEST_COLUMNS, Gaps, Window
 from testbed.pooled import answered, pool, pooled_figures
+from testbed.predict import with_shares
 from testbed.waits import WAYS, add_waits, extra_waits, gateway_medians
 
 WINDOW = Window(1.0, 3.0, True)
@@ -85,3 +86,11 @@ def test_the_only_token_of_an_answer_waits_on_both_ways() -> None:
     frame["output_tokens"], frame["first_token_s"] = 1, 5.0
     seen = add_waits(frame, [[0.01, 0.02, 0.015]], np.random.default_rng(0))
     assert seen["last_token_s"][0] == seen["first_token_s"][0] == pytest.approx(5.03)
+
+
+def test_shares_of_experts_are_figures_with_intervals() -> None:
+    blocks = {"a": {"share": 0.75, "share_low": 0.7, "share_high": 0.8}, "b": {"share": 0.25}}
+    found = with_shares({"x": 1, "per_expert": blocks}, ["a", "b", "c"])
+    assert (found["x"], found["share_a"], found["share_a_low"], found["share_a_high"]) == (1, 0.75, 0.7, 0.8)
+    assert (found["share_b"], found["share_b_low"]) == (0.25, None)
+    assert found["share_c"] == 0.0, "who answered nothing has none"
