@@ -77,12 +77,12 @@ def log_profile(job: LiveConfig, folder: Path, figures: Mapping[str, Any]) -> No
 
 
 def log_validation(job: LiveConfig, folder: Path, rows: pd.DataFrame, figures: Mapping[str, Any]) -> None:
-    """One run: measured, predicted and error of every metric at step = users."""
+    """One run: measured, predicted and both errors of every metric at step = users."""
     assert job.fleet is not None
     client, run_id = _new_run(job, f"validate {job.fleet.name}", "validate")
     numbers: list[tuple[str, float, int]] = []
     for row in rows.itertuples():
-        for kind in ("measured", "predicted", "error"):
+        for kind in ("measured", "predicted", "error", "error_at_slowness_1"):
             value = float(getattr(row, kind))
             if abs(value) < 1e300 and value == value:
                 numbers.append((f"{kind}/{row.metric}", value, int(row.users)))

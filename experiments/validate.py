@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from ersim.config import SimulationConfig
 from ersim.errors import ConfigError, DataError, bad_value
 from ersim.prepare import Preparations
-from ersim.results import Window
+from ersim.results import COMPLETED, Window
 from ersim.results.compare import VALIDATED, compare
 from ersim.util.files import set_aside, to_json, write_atomically, write_json
 from experiments.live_schema import (
@@ -48,7 +48,7 @@ from testbed.host_speed import SpeedTrace
 from testbed.live_run import LiveRun, check_answered, gateway_settings, level_config, run_level
 from testbed.measured import power_figures
 from testbed.measured_run import read_power, read_run, read_span_s, read_speed, write_power, write_run
-from testbed.pooled import Run, answered, pooled_figures
+from testbed.pooled import IdArray, Run, answered, pooled_figures
 from testbed.power import PowerLog, PowerSampler
 from testbed.predict import predicted_summary, with_shares
 from testbed.replay import replay
@@ -96,6 +96,7 @@ def validate(job: LiveConfig) -> dict[str, Any]:
     rows, summaries = _compare(job, base, shared, known, runs, power, folder)
     replays = _replays(folder)
     figures = _figures(job, folder, rows, replays, power, time.monotonic() - began_s)
+    figures["failed_requests"] = {users: item["failed_requests"] for users, item in summaries.items()}
     write_atomically(folder / "validation.csv", lambda path: rows.to_csv(path, index=False))
     write_json(folder / "validation.json", {**figures, "summaries": summaries})
     _draw_and_log(job, folder, rows, figures)
@@ -214,11 +215,36 @@ def _compare(
         measured["power"] = power_figures([power.between(*span) for span in spans], tokens)
         say(f"simulating {users} users")
         speeds = _speeds(job, folder, users)
-        told = predicted_summary(level, shared, known, window, job.replications, judged, speeds)
+        told, plain = _predictions(job, level, shared, known, judged, speeds)
         speed = [{name: trace.median for name, trace in one.items()} for one in speeds]
-        rows += _rows(users, measured, told, list(base.fleet.experts))
-        summaries[str(users)] = {"measured": measured, "predicted": told, "host_slowness": speed}
+        rows += _rows(users, measured, told, plain, list(base.fleet.experts))
+        summaries[str(users)] = {
+            "measured": measured,
+            "predicted": told,
+            "host_slowness": speed,
+            "failed_requests": _failed(repeats),
+        }
     return pd.DataFrame(rows), summaries
+
+
+def _predictions(
+    job: LiveConfig,
+    level: SimulationConfig,
+    shared: Preparations,
+    known: FleetCalibration,
+    judged: Sequence[IdArray],
+    speeds: Sequence[Mapping[str, SpeedTrace]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is judged, at the speed that the host showed during the runs; and the same at slowness 1.
+
+    The second tells how much of the agreement is owed to having measured that speed.
+    """
+    window = Window(job.warmup_s, job.seconds, True)
+    told = predicted_summary(level, shared, known, window, job.replications, judged, speeds)
+    if all(trace.is_one for one in speeds for trace in one.values()):
+        return told, told
+    unslowed: list[Mapping[str, SpeedTrace]] = [{} for _ in speeds]
+    return told, predicted_summary(level, shared, known, window, job.replications, judged, unslowed)
 
 
 def _speeds(job: LiveConfig, folder: Path, users: int) -> list[dict[str, SpeedTrace]]:
@@ -232,13 +258,51 @@ def _speeds(job: LiveConfig, folder: Path, users: int) -> list[dict[str, SpeedTr
     return traces
 
 
+def _failed(repeats: Sequence[Run]) -> int:
+    """Requests of all repeats that ended live without an answer, refused ones included."""
+    return sum(int((frame["status"] != COMPLETED).sum()) for frame, _ in repeats)
+
+
 def _rows(
-    users: int, measured: dict[str, Any], told: dict[str, Any], experts: Sequence[str]
+    users: int,
+    measured: dict[str, Any],
+    told: dict[str, Any],
+    plain: dict[str, Any],
+    experts: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Measured against predicted, metric by metric, then the share per expert."""
+    """Measured against predicted, metric by metric, then the share per expert.
+
+    plain: the prediction at slowness 1 throughout; its error stands beside the judged one.
+    """
     metrics = (*METRICS, *(f"share_{name}" for name in experts))
-    found = compare(with_shares(measured, experts), with_shares(told, experts), metrics)
-    return [{"users": users, **dataclasses.asdict(row)} for row in found]
+    real, *both = (with_shares(one, experts) for one in (measured, told, plain))
+    judged, without = (compare(real, one, metrics) for one in both)
+    errors = {row.metric: row.error for row in without}
+    return [
+        {"users": users, **dataclasses.asdict(row), "error_at_slowness_1": errors.get(row.metric)}
+        for row in judged
+    ]
+
+
+def _errors(rows: pd.DataFrame, column: str, metrics: Iterable[str]) -> dict[str, dict[int, float]]:
+    """Relative errors by metric and load."""
+    found = {}
+    for metric in metrics:
+        part = rows[rows["metric"] == metric]
+        found[metric] = {
+            int(users): round(float(error), 4)
+            for users, error in zip(part["users"], part[column], strict=True)
+        }
+    return found
+
+
+def _mean_abs(errors: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    return {m: round(float(np.mean(np.abs(list(e.values())))), 4) for m, e in errors.items()}
+
+
+def _bars_met(errors: Mapping[str, Mapping[int, float]], bars: Mapping[str, float]) -> str:
+    met = [abs(error) <= bars[metric] for metric, by_load in errors.items() for error in by_load.values()]
+    return f"{sum(met)}/{len(met)}"
 
 
 def _figures(
@@ -253,13 +317,8 @@ def _figures(
     assert job.fleet is not None
     cpu = all(expert.gpu == "cpu" for expert in job.fleet.experts.values())
     bars = BARS_CPU if cpu else BARS_GPU
-    errors = {
-        metric: {
-            int(row.users): round(float(row.error), 4) for row in rows[rows["metric"] == metric].itertuples()
-        }
-        for metric in bars
-    }
-    judged = [abs(error) <= bars[metric] for metric, by_load in errors.items() for error in by_load.values()]
+    errors = _errors(rows, "error", bars)
+    plain = _errors(rows, "error_at_slowness_1", bars)
     inside = rows["inside"].dropna()
     return {
         "command": "ersim-validate",
@@ -267,9 +326,10 @@ def _figures(
         "folder": str(folder),
         "users": list(job.users),
         "errors": errors,
-        "mean_abs_error": {m: round(float(np.mean(np.abs(list(e.values())))), 4) for m, e in errors.items()},
+        "mean_abs_error": _mean_abs(errors),
         "bars": dict(bars),
-        "bars_met": f"{sum(judged)}/{len(judged)}",
+        "bars_met": _bars_met(errors, bars),
+        "at_slowness_1": {"mean_abs_error": _mean_abs(plain), "bars_met": _bars_met(plain, bars)},
         "inside_interval": f"{int(inside.astype(bool).sum())}/{len(inside)}",
         "replay": replays,
         "power": {"measured": bool(power.rows), "why": power.absent},
@@ -288,12 +348,15 @@ def _draw_and_log(job: LiveConfig, folder: Path, rows: pd.DataFrame, figures: Ma
 
 def table(rows: pd.DataFrame) -> str:
     """The comparison as text: one line per load and metric."""
-    lines = [f"{'users':>5}  {'metric':<22}{'measured':>12}{'predicted':>12}{'error':>8}  in interval"]
+    lines = [
+        f"{'users':>5}  {'metric':<22}{'measured':>12}{'predicted':>12}{'error':>8}  in interval"
+        "  error at slowness 1"
+    ]
     for row in rows.itertuples():
         inside = {True: "yes", False: "no"}.get(row.inside, "")
         lines.append(
             f"{row.users:>5}  {row.metric:<22}{row.measured:>12.2f}{row.predicted:>12.2f}"
-            f"{100 * row.error:>7.1f}%  {inside}"
+            f"{100 * row.error:>7.1f}%  {inside:<11}  {100 * row.error_at_slowness_1:>18.1f}%"
         )
     return "\n".join(lines)
 

@@ -77,6 +77,11 @@ class SpeedTrace:
         return self.bins[index] if index < len(self.bins) else self.bins[-1]
 
     @property
+    def is_one(self) -> bool:
+        """Whether the host ran at slowness 1 throughout, for certain."""
+        return self.doubt == 0.0 and all(one == 1.0 for one in self.bins)
+
+    @property
     def median(self) -> float:
         """Typical slowness of the run."""
         return float(np.median(self.bins))

@@ -1,0 +1,60 @@
+"""What a validation says of itself: errors with and without the measured speed of the host, and failures."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from ersim.config import ExpertConfig, FleetConfig, SimulationConfig, WorkloadConfig
+from ersim.prepare import Preparations
+from ersim.results import Gaps, Window
+from experiments.live_schema import LiveConfig
+from experiments.validate import _bars_met, _errors, _failed, _predictions, _rows, table
+from testbed.contention import Contention
+from testbed.fleet_calibration import FleetCalibration
+from testbed.host_speed import SpeedTrace
+from testbed.live_run import level_config
+from testbed.pooled import answered
+from testbed.predict import predict_once
+
+SUMMARY = {"output_throughput": 100.0, "median_tpot_ms": 20.0, "per_expert": {"a": {"share": 1.0}}}
+
+
+def test_each_load_is_predicted_at_the_hosts_speed_and_at_slowness_1() -> None:
+    fleet = FleetConfig("f", experts={"a": ExpertConfig()})
+    known = FleetCalibration("f", {}, {"a": Contention()}, {})
+    job = LiveConfig(fleet=fleet, replications=2, seconds=12.0, warmup_s=1.0)
+    config = SimulationConfig(users=4, fleet=fleet, workload=WorkloadConfig(think_s=0.5))
+    level, shared = level_config(config, 4, job.seconds), Preparations()
+    output = predict_once(level, shared, known, 0)
+    judged = [answered((output.requests, output.gaps), Window(job.warmup_s, job.seconds, True))]
+    assert len(judged[0]) > 3
+    told, plain = _predictions(job, level, shared, known, judged, [{"a": SpeedTrace((2.0,))}])
+    assert told["median_tpot_ms"] == pytest.approx(2 * plain["median_tpot_ms"], rel=0.05)
+    told, plain = _predictions(job, level, shared, known, judged, [{"a": SpeedTrace((1.0, 1.0))}])
+    assert told is plain, "a host that was not slowed (a GPU's) is simulated once"
+
+
+def test_a_trace_in_doubt_is_not_taken_for_one() -> None:
+    assert SpeedTrace((1.0, 1.0)).is_one
+    assert not SpeedTrace((1.0, 1.1)).is_one and not SpeedTrace((1.0,), 0.02).is_one
+
+
+def test_both_errors_stand_side_by_side_in_table_and_figures() -> None:
+    told = {**SUMMARY, "output_throughput": 98.0, "median_tpot_ms": 21.0}
+    plain = {**SUMMARY, "output_throughput": 80.0, "median_tpot_ms": 20.5}
+    rows = pd.DataFrame(_rows(4, SUMMARY, told, plain, ["a"]))
+    assert rows["metric"].tolist() == ["output_throughput", "median_tpot_ms", "share_a"]
+    assert rows["error"].tolist() == pytest.approx([-0.02, 0.05, 0.0])
+    assert rows["error_at_slowness_1"].tolist() == pytest.approx([-0.2, 0.025, 0.0])
+    bars = {"output_throughput": 0.05, "median_tpot_ms": 0.08}
+    assert _bars_met(_errors(rows, "error", bars), bars) == "2/2"
+    assert _bars_met(_errors(rows, "error_at_slowness_1", bars), bars) == "1/2"
+    head, first, *_ = table(rows).splitlines()
+    assert head.endswith("error at slowness 1") and first.endswith("-20.0%") and len(first) == len(head)
+
+
+def test_requests_without_an_answer_are_counted_in_all_repeats() -> None:
+    gaps = Gaps.concatenate([])
+    frames = [pd.DataFrame({"status": states}) for states in (["completed", "failed"], ["rejected"], [])]
+    assert _failed([(frame, gaps) for frame in frames]) == 2
