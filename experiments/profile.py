@@ -12,12 +12,13 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import numpy as np
+import numpy.typing as npt
 from omegaconf import DictConfig
 
 from ersim.config import FleetConfig
@@ -50,7 +51,7 @@ from testbed.plan import check_plan
 from testbed.power import PowerSampler
 from testbed.profiling import Profiler, ProfileRun, fit, profile_steps
 from testbed.standing import Standing, check_all
-from testbed.step_log import read_step_log
+from testbed.step_log import StepLog, read_step_log
 from testbed.waits import extra_waits, gateway_medians, ways_s
 
 
@@ -159,18 +160,15 @@ def _together(
     time.sleep(1.0)
     start, end = runs[0].load.start_s, runs[-1].load.end_s
     logs = {
-        name: read_step_log(live.servers[name][0].spec.steps_path).between(start, end)
+        name: [read_step_log(server.spec.steps_path).between(start, end) for server in live.servers[name]]
         for name in calibrations
     }
     contention = {}
     for name in calibrations:
-        model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
-        others = {other: log for other, log in logs.items() if other != name}
-        alone = standings.get(replica_name(name, 0, fleet.experts[name].replicas), Standing())
-        slow = alone.factor * slowness(logs[name], alone.probe_s)
-        contention[name] = fit_contention(logs[name], model.step_time(), others, slow, job.seed)
-    # the logs are those of each expert's first replica
-    records = [record for run in runs for record in run.load.records if not record.replica]
+        alone = shared.expert(fleet.experts[name], f"fleet.experts.{name}").step_time()
+        slow = _slowness(name, logs[name], standings)
+        contention[name] = fit_contention(name, logs, alone, slow, job.seed)
+    records = [record for run in runs for record in run.load.records]
     ways = ways_s(records, runs[-1].access, logs)
     known = FleetCalibration(
         fleet=job.fleet.name,
@@ -178,11 +176,22 @@ def _together(
         contention=contention,
         gateway=gateway_medians(ways),
         users=list(job.plan.mixed_users),
-        vllm_version=str(next(iter(logs.values())).meta["vllm_version"]),
+        vllm_version=str(next(iter(logs.values()))[0].meta["vllm_version"]),
         waits=extra_waits(ways),
     )
     save_fleet(known, folder)
     return known
+
+
+def _slowness(
+    name: str, logs: Sequence[StepLog], standings: Mapping[str, Standing]
+) -> list[npt.NDArray[np.float64]]:
+    """Slowness of the host during each step of each replica, as it stood alone taken into account."""
+    found = []
+    for index, log in enumerate(logs):
+        alone = standings.get(replica_name(name, index, len(logs)), Standing())
+        found.append(alone.factor * slowness(log, alone.probe_s))
+    return found
 
 
 def calibrated_fleet(fleet: FleetConfig, calibrations: dict[str, Calibration], folder: Path) -> FleetConfig:

@@ -248,14 +248,14 @@ def _predictions(
 
 
 def _speeds(job: LiveConfig, folder: Path, users: int) -> list[dict[str, SpeedTrace]]:
-    """How fast the host ran during each repeat of one load, by expert (its first server)."""
+    """How fast the host ran during each repeat of one load, by expert."""
     assert job.fleet is not None
-    names = {name: replica_name(name, 0, expert.replicas) for name, expert in job.fleet.experts.items()}
-    traces = []
-    for repeat in range(job.repeats):
-        found = read_speed(folder / "runs" / f"u{users}r{repeat}", list(names.values()))
-        traces.append({expert: found[server] for expert, server in names.items()})
-    return traces
+    servers = {
+        name: [replica_name(name, index, expert.replicas) for index in range(expert.replicas)]
+        for name, expert in job.fleet.experts.items()
+    }
+    folders = [folder / "runs" / f"u{users}r{repeat}" for repeat in range(job.repeats)]
+    return [read_speed(one, servers) for one in folders]
 
 
 def _failed(repeats: Sequence[Run]) -> int:

@@ -7,8 +7,10 @@ core of their own. Here what busy neighbours add is fitted to steps recorded und
     period / slowness = alone * (base + sum over others of slowdown[other] * share of the step they ran)
                         + share * (row_s * sampled rows + request_s * prefill chunks)
 
-row_s is the front ends', the gateway's and the client's work for one token, as far as it pushes the
-engine off its core; request_s the same for a new request. Slowness is the host's (`host_speed`).
+Others are all replicas of other experts and the other ones of its own, each for itself: two that run
+all the time count twice. Steps of all of the expert's replicas make the fit. row_s is the front ends',
+the gateway's and the client's work for one token, as far as it pushes the engine off its core; request_s
+the same for a new request. Slowness is the host's (`host_speed`).
 
 The doubt of the fit is that of its moments: the same fit to blocks of a few seconds, drawn with
 replacement. What single steps do beyond the fit is kept as it came (`step_scatter`).
@@ -60,6 +62,7 @@ def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> Floa
 class Contention:
     """What common load adds to one expert's steps, see this module's head; seconds and factors.
 
+    slowdowns: by the expert whose replica runs, its own name standing for its other replicas.
     refits: the same fit to resampled blocks, each [base, slowdowns in order, row_s, request_s].
     scatter: of single steps under common load.
     """
@@ -80,25 +83,58 @@ class Contention:
         return replace(self, base=base, slowdowns=named, row_s=row_s, request_s=request_s)
 
 
+def neighbours(name: str, replicas: Mapping[str, int]) -> list[str]:
+    """Whose replicas slow one of this expert's: all other experts, and its own where it has several."""
+    return [other for other in replicas if other != name] + [name] * (replicas[name] > 1)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Steps of one replica under common load; arrays over its steps, shares: one array per neighbour."""
+
+    batches: Sequence[Batch]
+    measured_s: FloatArray
+    ends_s: FloatArray
+    shares: Sequence[FloatArray]
+
+    @classmethod
+    def of(
+        cls, log: StepLog, around: Sequence[Sequence[StepLog]], slow: FloatArray | None = None
+    ) -> Recorded:
+        """around: the logs of each neighbour's replicas; the replica's own log among them is left out."""
+        periods, ends = log.periods_s(), log.ends_s()
+        shares = [
+            np.sum([busy_share(ends - periods, ends, one) for one in logs if one is not log], axis=0)
+            for logs in around
+        ]
+        measured = periods / (1.0 if slow is None else slow)
+        return cls([step.batch() for step in log.steps], measured, ends, shares)
+
+
 def fit_contention(
-    log: StepLog,
+    name: str,
+    logs: Mapping[str, Sequence[StepLog]],
     alone: StepTime,
-    others: Mapping[str, StepLog],
-    slow: FloatArray | None = None,
+    slow: Sequence[FloatArray] | None = None,
     seed: int = 0,
 ) -> Contention:
-    """Contention of one expert, from steps under common load; too few steps give none.
+    """Contention of one expert, from steps of all its replicas under common load; too few steps give none.
 
-    slow: slowness of the host during each step, shape (steps,); None is 1. seed: of the refits.
+    logs: of every expert's replicas. alone: the step time of `name`. slow: slowness of the host during
+    each step of its replicas, shape (steps,) each; None is 1. seed: of the refits.
     """
-    names = list(others)
-    if len(log.steps) < MIN_STEPS:
+    names = neighbours(name, {other: len(its) for other, its in logs.items()})
+    if sum(len(log.steps) for log in logs[name]) < MIN_STEPS:
         return Contention(slowdowns=dict.fromkeys(names, 0.0))
-    periods, ends = log.periods_s(), log.ends_s()
-    measured = periods / (1.0 if slow is None else slow)
-    batches = [step.batch() for step in log.steps]
+    around = [logs[other] for other in names]
+    rows = [
+        Recorded.of(log, around, None if slow is None else slow[index])
+        for index, log in enumerate(logs[name])
+    ]
+    batches = [batch for row in rows for batch in row.batches]
+    measured, ends = (np.concatenate([getattr(row, key) for row in rows]) for key in ("measured_s", "ends_s"))
+    shares = [np.concatenate([row.shares[index] for row in rows]) for index in range(len(names))]
     told = np.array([alone.step_s(batch) for batch in batches])
-    shares = [busy_share(ends - periods, ends, others[name]) for name in names]
     matrix = _terms(told, shares, batches)
     keep = measured < OUTLIER_RATIO * np.median(measured / told) * told
     weight = np.where(keep, 1.0 / np.sqrt(told), 0.0)  # between single steps (1/told) and sums (1)
@@ -116,7 +152,7 @@ def fit_contention(
 
 
 def _terms(told: FloatArray, shares: Sequence[FloatArray], batches: Sequence[Batch]) -> FloatArray:
-    """The fit's columns, shape (steps, 3 + other experts)."""
+    """The fit's columns, shape (steps, 3 + neighbours)."""
     busy = np.clip(np.sum(shares, axis=0), 0.0, 1.0) if shares else np.zeros(len(told))
     rows = np.array([batch.sampled_seqs for batch in batches])
     chunks = np.array([len(batch.prefills) for batch in batches])
@@ -127,7 +163,7 @@ def _refits(
     matrix: FloatArray, wanted: FloatArray, ends_s: FloatArray, rng: np.random.Generator
 ) -> list[list[float]]:
     """Fits to blocks of `BLOCK_S` seconds drawn with replacement; none below three blocks."""
-    block = ((ends_s - ends_s[0]) / BLOCK_S).astype(int)
+    block = ((ends_s - ends_s.min()) / BLOCK_S).astype(int)
     members = [np.flatnonzero(block == one) for one in np.unique(block)]
     if len(members) < 3:
         return []
@@ -152,11 +188,14 @@ class ContendedStepTime:
         neighbours: Sequence[str],
         speed: SpeedTrace | None = None,
         scatter: ScatterPlayer | None = None,
+        own: str | None = None,
     ) -> None:
+        """neighbours: names as in the contention's slowdowns. own: the expert's name, where it is one."""
         self._alone = alone
         self._scatter = scatter
         self._known = contention
         self._slowdowns = [contention.slowdowns.get(name, 0.0) for name in neighbours]
+        self._itself = [int(name == own) for name in neighbours]
         self._speed = speed
         self._neighbours: Sequence[Sequence[ReplicaState]] = ()
         self._clock: Callable[[], float] = float
@@ -169,11 +208,14 @@ class ContendedStepTime:
     def _now(self) -> tuple[float, float, bool]:
         """(factor on the time alone, slowness of the host, whether a neighbour runs)."""
         factor, busy = self._known.base, False
-        for slowdown, replicas in zip(self._slowdowns, self._neighbours, strict=False):
+        for slowdown, itself, replicas in zip(self._slowdowns, self._itself, self._neighbours, strict=False):
+            running = -itself  # of its own replicas one is the one that steps
             for replica in replicas:
                 if replica.running:
-                    factor += slowdown
-                    busy = True
+                    running += 1
+            if running > 0:
+                factor += slowdown * running
+                busy = True
         return factor, 1.0 if self._speed is None else self._speed.at(self._clock()), busy
 
     def step_s(self, batch: Batch) -> float:

@@ -77,20 +77,28 @@ def _stored(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not the run.json of a measured run ({error}); measure it again") from error
 
 
-def read_speed(folder: Path, servers: Sequence[str]) -> dict[str, SpeedTrace]:
-    """How fast the host ran during a run, by server. Raises DataError when a file is missing or old."""
+def read_speed(folder: Path, servers: Mapping[str, Sequence[str]]) -> dict[str, SpeedTrace]:
+    """How fast the host ran during a run, by expert: the steps of all its servers together.
+
+    servers: names of every expert's replicas, whose doubts are independent of each other.
+    Raises DataError when a file is missing or old.
+    """
     standings = _stored(folder).get("standings", {})
     traces = {}
-    for name in servers:
-        path = folder / f"steps_{name}.parquet"
-        try:
-            steps = pd.read_parquet(path, columns=["end_s", "host_slowness"])
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not the steps of a measured run ({error}); measure it again") from error
-        doubt = float(standings.get(name, {}).get("doubt", 0.0))
+    for expert, names in servers.items():
+        steps = pd.concat([_steps(folder / f"steps_{name}.parquet") for name in names])
+        doubts = [float(standings.get(name, {}).get("doubt", 0.0)) for name in names]
+        doubt = float(np.linalg.norm(doubts)) / len(names)
         ends, slow = steps["end_s"].to_numpy(), steps["host_slowness"].to_numpy()
-        traces[name] = SpeedTrace.of_steps(ends, slow, doubt)
+        traces[expert] = SpeedTrace.of_steps(ends, slow, doubt)
     return traces
+
+
+def _steps(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path, columns=["end_s", "host_slowness"])
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not the steps of a measured run ({error}); measure it again") from error
 
 
 def write_power(power: PowerLog, folder: Path) -> None:

@@ -20,7 +20,7 @@ from ersim.results import Window, combine
 from ersim.system import RunOutput, System
 from ersim.types import StepTime
 from ersim.workload import Workload, build_workload
-from testbed.contention import ContendedStepTime, Contention
+from testbed.contention import ContendedStepTime, Contention, neighbours
 from testbed.fleet_calibration import FleetCalibration
 from testbed.host_speed import SpeedTrace
 from testbed.pooled import IdArray, Run, pooled_figures
@@ -53,7 +53,7 @@ def _step_times(
 ) -> list[StepTime]:
     """One step time per expert: coefficients by replication, scatter by replication and repeat."""
     times: list[StepTime] = []
-    names = list(config.fleet.experts)
+    replicas = {name: expert.replicas for name, expert in config.fleet.experts.items()}
     if replication:
         draws = np.random.default_rng([config.seed + replication, 8, repeat])
         speed = {name: trace.drawn(draws) for name, trace in speed.items()}
@@ -64,12 +64,12 @@ def _step_times(
         if known is None:
             times.append(alone)
             continue
-        others = [other for other in names if other != name]
         fitted = known.contention.get(name, Contention())
         contention = fitted if rng is None else fitted.drawn(rng)
         moments = np.random.default_rng([config.seed + replication, 6, index, repeat])
         player = fitted.scatter.player(moments) if config.uncertainty.step_noise else None
-        times.append(ContendedStepTime(alone, contention, others, speed.get(name), player))
+        around = neighbours(name, replicas)
+        times.append(ContendedStepTime(alone, contention, around, speed.get(name), player, name))
     return times
 
 
@@ -98,10 +98,11 @@ def predict_once(
         config.seed + 7919 * replication,
         fast_forward=known is None,
     )
-    for index, time in enumerate(times):
+    states = dict(zip(config.fleet.experts, system.replicas, strict=True))
+    counts = {name: len(row) for name, row in states.items()}
+    for name, time in zip(states, times, strict=True):
         if isinstance(time, ContendedStepTime):
-            neighbours = [row for other, row in enumerate(system.replicas) if other != index]
-            time.watch(neighbours, lambda: system.env.now)
+            time.watch([states[other] for other in neighbours(name, counts)], lambda: system.env.now)
     return system.run()
 
 

@@ -31,24 +31,28 @@ DIGITS = 6
 def ways_s(
     records: Sequence[RequestRecord],
     access: Mapping[str, Mapping[str, Any]],
-    logs: Mapping[str, StepLog],
+    logs: Mapping[str, Sequence[StepLog]],
 ) -> FloatArray:
     """Seconds on each of the `WAYS` by request, shape (requests, 6); NaN where it cannot be told.
 
-    The way into an engine shows only while no step runs: a running one lets nobody in.
+    logs: of every expert's replicas. The way into an engine shows only while no step runs: a running one
+    lets nobody in.
     """
-    added = {request_tag(r.request_id): r for log in logs.values() for r in log.requests.values()}
+    servers = {(name, index): log for name, its in logs.items() for index, log in enumerate(its)}
+    added = {request_tag(r.request_id): r for log in servers.values() for r in log.requests.values()}
     engines = {
-        name: (log.ends_s(), np.array([step.schedule_s for step in log.steps])) for name, log in logs.items()
+        server: (log.ends_s(), np.array([step.schedule_s for step in log.steps]))
+        for server, log in servers.items()
     }
     rows = []
     for record in records:
         gate = access.get(record.tag)
         if gate is None or record.first_s is None or gate["first_in_s"] is None:
             continue
-        if record.expert not in engines:
+        engine = engines.get((record.expert or "", record.replica))
+        if engine is None:
             continue
-        ends, starts = engines[record.expert]
+        ends, starts = engine
         inbound = gate["submitted_s"] - gate["received_s"] - gate["queued_s"]
         way_in = way_out = np.nan
         step = int(np.searchsorted(ends, gate["first_in_s"])) - 1

@@ -8,9 +8,14 @@ import itertools
 import numpy as np
 import pytest
 
+from ersim.config import ExpertConfig, FleetConfig, SimulationConfig, WorkloadConfig
+from ersim.prepare import Preparations
 from ersim.types import Batch
 from testbed.contention import ContendedStepTime, Contention, busy_share, fit_contention
+from testbed.fleet_calibration import FleetCalibration
 from testbed.host_speed import SpeedTrace
+from testbed.live_run import level_config
+from testbed.predict import predict_once
 from testbed.step_log import LoggedStep, StepLog, StepRow
 from testbed.step_scatter import LARGEST, StepScatter, measure_scatter
 
@@ -63,7 +68,7 @@ def test_busy_share_is_the_overlap_with_the_neighbours_steps() -> None:
 
 def test_contention_by_a_neighbour_is_recovered() -> None:
     log, other = contended(800)
-    found = fit_contention(log, Affine(), {"b": other})
+    found = fit_contention("a", {"a": [log], "b": [other]}, Affine())
     assert found.base == pytest.approx(1.1, abs=0.01)
     assert found.slowdowns["b"] == pytest.approx(0.3, abs=0.02)
     assert found.row_s == pytest.approx(0.002, rel=0.1)
@@ -71,14 +76,78 @@ def test_contention_by_a_neighbour_is_recovered() -> None:
     doubled = [
         dataclasses.replace(s, schedule_s=2 * s.schedule_s, updated_s=2 * s.updated_s) for s in log.steps
     ]
-    same = fit_contention(StepLog(META, doubled, {}), Affine(), {"b": alone}, np.full(800, 2.0))
-    plain = fit_contention(log, Affine(), {"b": alone})
+    slowed = {"a": [StepLog(META, doubled, {})], "b": [alone]}
+    same = fit_contention("a", slowed, Affine(), [np.full(800, 2.0)])
+    plain = fit_contention("a", {"a": [log], "b": [alone]}, Affine())
     assert same.base == pytest.approx(plain.base, rel=0.02), "a host at half its speed is no contention"
 
 
 def test_too_few_steps_tell_no_contention() -> None:
     few = StepLog(META, [step(0, 0.0, 0.1)], {})
-    assert fit_contention(few, Affine(), {"b": few}) == Contention(slowdowns={"b": 0.0})
+    other = StepLog(META, [step(0, 0.0, 0.1)], {})
+    assert fit_contention("a", {"a": [few], "b": [other]}, Affine()) == Contention(slowdowns={"b": 0.0})
+
+
+def scheduled(own: int, neighbour: int, seconds: float = 60.0) -> dict[str, list[StepLog]]:
+    """Replicas that run in every second whose number has their own bit; 1.1, and more for each that runs.
+
+    Each step takes 0.2 more of the time alone while the sibling runs, and 0.3 for each neighbour.
+    """
+
+    def runs(bit: int, now_s: float) -> bool:
+        return bool(int(now_s) >> bit & 1)
+
+    bits = {"a": list(range(own)), "b": list(range(own, own + neighbour))}
+    logs: dict[str, list[StepLog]] = {}
+    for name, its in bits.items():
+        logs[name] = []
+        for bit in its:
+            steps, clock = [], 0.0
+            while clock < seconds:
+                siblings = sum(runs(other, clock) for other in bits["a"] if other != bit)
+                around = sum(runs(other, clock) for other in bits["b"])
+                factor = 1.1 + 0.2 * siblings + 0.3 * around if name == "a" else 1.0
+                rows = 1 + int(20 * clock) % 4
+                length = (0.02 + 0.001 * rows) * factor
+                if runs(bit, clock):
+                    steps.append(step(2 * len(steps), clock, clock + length, decode=rows))
+                clock += length
+            logs[name].append(StepLog(META, steps, {}))
+    return logs
+
+
+def test_all_replicas_tell_what_siblings_and_each_neighbour_cost() -> None:
+    logs = scheduled(own=2, neighbour=2)
+    found = fit_contention("a", logs, Affine())
+    assert list(found.slowdowns) == ["b", "a"]
+    assert found.base == pytest.approx(1.1, abs=0.02)
+    assert found.slowdowns["a"] == pytest.approx(0.2, abs=0.03)
+    assert found.slowdowns["b"] == pytest.approx(0.3, abs=0.03), "each of two counts for itself"
+    assert len(found.scatter.decode) == sum(len(log.steps) for log in logs["a"])
+
+
+def test_a_replica_with_few_steps_does_not_hide_what_the_other_shows() -> None:
+    logs = scheduled(own=2, neighbour=1)
+    first, second = logs["a"]
+    few = StepLog(META, first.steps[:10], {})
+    found = fit_contention("a", {"a": [few, second], "b": logs["b"]}, Affine())
+    assert found.slowdowns["b"] == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize(("replicas", "slower"), [(1, 1.0), (2, 1.5)])
+def test_simulated_siblings_slow_each_other(replicas: int, slower: float) -> None:
+    """Two users, one on each replica, always busy: every step takes what the sibling adds."""
+    fleet = FleetConfig("f", experts={"a": ExpertConfig(replicas=replicas)})
+    workload = WorkloadConfig(think_s=0.0)
+    config = level_config(SimulationConfig(users=2, fleet=fleet, workload=workload), 2, 20.0)
+    shared = Preparations()
+    found = []
+    for contention in (Contention(), Contention(slowdowns={"a": 0.5})):
+        output = predict_once(config, shared, FleetCalibration("f", {}, {"a": contention}, {}), 0)
+        frame = output.requests[output.requests["output_tokens"] > 20]
+        took = frame["last_token_s"] - frame["first_token_s"]
+        found.append(float(np.median(took / (frame["output_tokens"] - 1))))
+    assert found[1] / found[0] == pytest.approx(slower, rel=0.05)
 
 
 def test_refits_are_as_unsure_as_disturbed_moments_make_the_fit() -> None:
@@ -95,8 +164,8 @@ def test_refits_are_as_unsure_as_disturbed_moments_make_the_fit() -> None:
     assert len(drawn) > 5 and found.drawn(rng).scatter is found.scatter
 
 
-def _one(logs: tuple[StepLog, StepLog]) -> tuple[StepLog, Affine, dict[str, StepLog]]:
-    return logs[0], Affine(), {"b": logs[1]}
+def _one(logs: tuple[StepLog, StepLog]) -> tuple[str, dict[str, list[StepLog]], Affine]:
+    return "a", {"a": [logs[0]], "b": [logs[1]]}, Affine()
 
 
 def test_scatter_is_replayed_in_its_order_with_mean_one() -> None:
@@ -140,6 +209,9 @@ def test_contended_steps_cost_more_only_while_the_neighbour_runs() -> None:
     now[0] = 7.0
     assert contended.step_s(batch) == pytest.approx(0.060), "the host's slowness lasts"
     player = StepScatter(decode=[1.5]).player(np.random.default_rng(0))
+    siblings = ContendedStepTime(Steady(), Contention(1.0, {"a": 0.5}), ["a"], own="a")
+    siblings.watch([[neighbour, neighbour, neighbour]], lambda: 0.0)
+    assert siblings.step_s(batch) == pytest.approx(0.02 * (1 + 2 * 0.5)), "two run beside the one that steps"
     scattered = ContendedStepTime(Steady(), contention, ["b"], None, player)
     assert scattered.step_s(batch) == pytest.approx(1.5 * 0.022)
     np.testing.assert_allclose(scattered.decode_run_s(2, 20, 10, 2), [1.5 * 0.022] * 2)

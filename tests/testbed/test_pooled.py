@@ -8,9 +8,12 @@ import pytest
 
 from ersim.config import ObjectiveConfig
 from ersim.results import REQUEST_COLUMNS, Gaps, Window
+from ersim.types import Request
+from testbed.load import RequestRecord
 from testbed.pooled import answered, pool, pooled_figures
 from testbed.predict import with_shares
-from testbed.waits import WAYS, add_waits, extra_waits, gateway_medians
+from testbed.step_log import LoggedStep, StepLog
+from testbed.waits import WAYS, add_waits, extra_waits, gateway_medians, ways_s
 
 WINDOW = Window(1.0, 3.0, True)
 
@@ -94,3 +97,25 @@ def test_shares_of_experts_are_figures_with_intervals() -> None:
     assert (found["x"], found["share_a"], found["share_a_low"], found["share_a_high"]) == (1, 0.75, 0.7, 0.8)
     assert (found["share_b"], found["share_b_low"]) == (0.25, None)
     assert found["share_c"] == 0.0, "who answered nothing has none"
+
+
+def test_ways_are_read_from_the_replica_that_answered() -> None:
+    """Replica 0 ended a step at 1.00 s, replica 1 at 1.04: the first byte of each came 10 ms later."""
+
+    def record(number: int, replica: int) -> RequestRecord:
+        first = 1.0 + 0.04 * replica + 0.015
+        asked = Request(number, 0, 0, 8, 2, 2)
+        return RequestRecord(asked, f"t-{number}", 0.9, expert="a", replica=replica, first_s=first)
+
+    def log(replica: int) -> StepLog:
+        end = 1.0 + 0.04 * replica
+        only = LoggedStep(0, 0.95, 0.951, end - 1e-3, end, 1, 0, 1, 1, 9, 9, (), (), (), 1, 1e-5)
+        return StepLog({"async_scheduling": False}, [only], {})
+
+    gate = {"received_s": 0.901, "routing_s": 0.001, "queued_s": 0.0, "submitted_s": 0.904}
+    access = {f"t-{n}": {**gate, "first_in_s": 1.0 + 0.04 * n + 0.01} for n in range(3)}
+    ways = ways_s([record(0, 0), record(1, 1), record(2, 7)], access, {"a": [log(0), log(1)]})
+    assert ways.shape == (2, len(WAYS)), "an unknown replica's way cannot be told"
+    out = WAYS.index("out")
+    np.testing.assert_allclose(ways[:, out], 0.01)
+    np.testing.assert_allclose(ways[:, WAYS.index("back")], 0.005)

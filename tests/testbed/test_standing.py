@@ -96,15 +96,20 @@ def test_slowness_is_the_factor_times_the_probe_since_the_check(tmp_path: Path) 
     frame.to_parquet(tmp_path / "steps_a.parquet")
     run = {"start_s": 3.0, "end_s": 9.0, "standings": {"a": dataclasses.asdict(alone)}}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    trace = read_speed(tmp_path, ["a"])["a"]
+    trace = read_speed(tmp_path, {"a": ["a"]})["a"]
     assert trace.median == pytest.approx(1.8) and trace.doubt == 0.03
     assert read_span_s(tmp_path) == (3.0, 9.0)
     drawn = [trace.drawn(np.random.default_rng(seed)).median for seed in range(400)]
     assert np.std(np.log(drawn)) == pytest.approx(0.03, rel=0.2)
     assert SpeedTrace((1.0,)).drawn(np.random.default_rng(0)).bins == (1.0,)
+    slower = frame.assign(end_s=frame["end_s"] + 1e-4, host_slowness=3.0)
+    pd.concat([slower] * 3).to_parquet(tmp_path / "steps_a-1.parquet")
+    both = read_speed(tmp_path, {"a": ["a", "a-1"]})["a"]
+    assert both.median == pytest.approx(3.0), "of all its servers' steps"
+    assert both.doubt == pytest.approx(0.015), "the one that was not checked counts as known"
     pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "steps_b.parquet")
     with pytest.raises(DataError, match=r"steps_b\.parquet"):
-        read_speed(tmp_path, ["b"])
+        read_speed(tmp_path, {"b": ["b"]})
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(DataError, match=r"run\.json: not the run\.json of a measured run"):
-        read_speed(tmp_path, ["a"])
+        read_speed(tmp_path, {"a": ["a"]})
