@@ -6,13 +6,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ersim.config import ExpertConfig, FleetConfig, GatewayConfig, SimulationConfig
 from ersim.errors import ConfigError, DataError
-from experiments.gpu_session import commands
+from experiments.gpu_session import OUT_OF_TIME, commands, finished, measure
 from experiments.live import split_arguments
 from experiments.live_schema import LiveConfig, list_overrides
 from experiments.live_tracking import failures_logged
@@ -21,6 +23,7 @@ from experiments.validate import check_loads, check_recorded
 from testbed.contention import Contention
 from testbed.fleet import server_specs
 from testbed.fleet_calibration import FleetCalibration, load, save, with_calibrations
+from testbed.plan import ClosedLoop, ProfilePlan, phases
 from testbed.step_scatter import StepScatter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +55,28 @@ def test_a_gpu_session_profiles_then_validates_with_overrides_last() -> None:
     assert "install=true" in profile and "live_plan=gpu" in profile and "install=true" not in validate
     assert "repeats=1" in validate and "repeats=1" not in profile
     assert "users=1,10" in validate and "workload=chat" not in profile + validate
+
+
+def test_a_short_gpu_session_leaves_three_minutes_of_nine_for_starts() -> None:
+    """Load of the profile, common load, and five loads; what starts of vLLM take is not known here."""
+    plan = yaml.safe_load((ROOT / "conf/live_plan/gpu_short.yaml").read_text())
+    loads = [1, 10, 100, 500, 1000]
+    seconds = plan["seconds"] + len(plan["mixed_users"]) * plan["mixed_s"] + len(loads) * 30
+    assert seconds <= 6 * 60
+    assert not set(loads) & set(plan["mixed_users"]), "no load validates that calibrated"
+    bursts = list(phases(ProfilePlan(**plan), 1024))
+    assert any(isinstance(phase, ClosedLoop) for phase in bursts) and len(bursts) > 10
+
+
+def test_a_session_stops_what_runs_when_its_time_is_over() -> None:
+    nap = "import time; print('{}', flush=True); time.sleep({})"
+    began_s = time.monotonic()
+    assert finished([sys.executable, "-c", nap.format(1, 60)], 0.5) == (OUT_OF_TIME, "")
+    assert time.monotonic() - began_s < 10
+    both = [[sys.executable, "-c", nap.format('{"a": 1}', s)] for s in (0, 60)]
+    report = measure("e", both, 1.5)
+    assert report["ok"] is False and report["status"] == "out of time"
+    assert report[both[0][2]] == {"a": 1}, "what was done before is reported"
 
 
 def test_a_load_that_calibrated_may_not_validate() -> None:
