@@ -103,11 +103,19 @@ def _assemble(
     maps_rel_std = ACROSS_GPUS_REL_STD if precision == "int4" and gpu != "a100-80gb" else 0.0
     if judged is not None:
         fields["fit"] |= {"runs_tpot_mape": round(judged[0], 4), "runs": judged[1]}
-    else:  # half of what twice the distance between points shows
-        maps_rel_std = round(float(np.hypot(maps_rel_std, fields["fit"]["held_out_mape"] / 2)), 4)
-        fields["fit"] |= {"maps_rel_std": maps_rel_std}
+    # half of what twice the distance between points shows
+    maps_rel_std = round(float(np.hypot(maps_rel_std, fields["fit"]["held_out_mape"] / 2)), 4)
+    fields["fit"] |= {"maps_rel_std": maps_rel_std}
     every = [*terms, *host_terms()]
-    theta, covariance = coefficients(every, overheads, source, precision, derived is not None, maps_rel_std)
+    theta, covariance = coefficients(
+        every,
+        overheads,
+        calibration=name,
+        source=source,
+        precision=precision,
+        derived=derived is not None,
+        maps_rel_std=maps_rel_std,
+    )
     for term in every:
         if "fp8_time_us" in term:
             ratio = overheads.value("decode attention fp8 KV") / overheads.value("decode attention")

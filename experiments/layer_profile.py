@@ -7,6 +7,8 @@ prefill and decode was profiled as such: what decode rows add is fitted to rows,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,6 @@ from experiments.op_tables import curve_term, us
 FloatArray = npt.NDArray[np.float64]
 ONCE_PER_STEP = ("embedding", "final_layernorm")
 TWICE_PER_LAYER = ("layernorm",)
-# Operators were profiled eagerly one by one: the shortest reads 2 us, nearly all of it launch. In a CUDA
-# graph the next kernel starts about half a microsecond after the last; the rest is taken off each.
-GRAPH_SAVING_US = 1.5
-ATTENTION_KERNELS = 2  # vLLM's attention layer writes the KV cache with a kernel of its own
 EXTENSION = 8  # profiles end at 2,048 tokens; servers with more memory run up to 16,384 a step
 
 
@@ -58,7 +56,7 @@ class LayerProfile:
         for layer in table.columns:
             times = 2 if layer in TWICE_PER_LAYER else 1
             kernels = times * (1 if layer in ONCE_PER_STEP else layers)
-            total += (table[layer].to_numpy() - GRAPH_SAVING_US) * kernels
+            total += table[layer].to_numpy() * kernels
         return table.index.to_numpy(float), total * 1e-6
 
     def per_sequence_s(self) -> tuple[FloatArray, FloatArray]:
@@ -70,18 +68,50 @@ class LayerProfile:
     def attention(self) -> pd.DataFrame:
         """One layer's attention by prefill_chunk, kv_prefill, n_decode, kv_decode (time_us)."""
         columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
-        frame = self._read("attention.csv", columns)
-        return frame.assign(time_us=frame.time_us - ATTENTION_KERNELS * GRAPH_SAVING_US)
+        return self._read("attention.csv", columns)
 
-    def skew(self, mixed: bool) -> float:
-        """Alpha of uneven decode contexts: median over profiled batches of 8 to 128 rows.
+    def skew(self, kv_heads: int, multiprocessors: int, mixed: bool) -> dict[str, list[float]]:
+        """Alpha of uneven decode contexts by decode rows: {sequences, share}.
 
-        mixed: of steps that also prefill. The median, because single buckets hold up to ten times it.
+        Of batches in which few rows are long (at most 15 %), as servers have them; weighted by samples.
+        mixed: of steps that also prefill, without a prefix. See `unsplit_rows` for the jump.
         """
-        frame = self._read("skew_fit.csv", ("pc", "n_label", "alpha", "n_samples"))
-        rows = frame[frame.pc > 0] if mixed else frame[frame.pc == 0]
-        rows = rows[rows.n_label.isin(["n<=16", "n<=32", "n<=64", "n<=128"]) & (rows.n_samples > 0)]
-        return max(0.0, float(rows.alpha.median()))
+        frame = self._read(
+            "skew_fit.csv", ("pc", "n_label", "skew_rate_label", "kp_label", "alpha", "n_samples")
+        )
+        frame = frame[frame.skew_rate_label.isin(["sr<=5%", "sr<=15%"]) & (frame.kp_label == "kp=0")]
+        frame = frame[(frame.pc > 0) if mixed else (frame.pc == 0)]
+        rows = frame.n_label.str.removeprefix("n<=").astype(int)
+        weighted = (frame.alpha * frame.n_samples).groupby(rows).sum() / frame.n_samples.groupby(rows).sum()
+        share = {int(n): max(0.0, float(value)) for n, value in weighted.items()}
+        return curve_of(share, None if mixed else unsplit_rows(kv_heads, multiprocessors))
+
+
+def unsplit_rows(kv_heads: int, multiprocessors: int) -> int:
+    """Decode rows from which FlashAttention 2 no longer splits contexts among blocks.
+
+    Its heuristic splits while rows x KV heads stay below 0.8 of two blocks per multiprocessor
+    (num_splits_heuristic in csrc/flash_attn/flash_api.cpp of flash-attention 2). A block then walks
+    a whole context, and the longest one finishes last. Rows are padded to CUDA-graph sizes, by 8.
+    """
+    captured = 8 * math.ceil(0.8 * 2 * multiprocessors / kv_heads / 8)
+    return captured - 7
+
+
+def curve_of(share: Mapping[int, float], jump: int | None) -> dict[str, list[float]]:
+    """Points of a curve through `share`, with a jump at `jump` rows.
+
+    On the near side of the jump the last value goes on. From it to the next profiled number the longest
+    row costs the same time, so a share of a difference that grows with the rows falls with them.
+    """
+    points = {float(rows): value for rows, value in share.items()}
+    before, after = [n for n in share if jump and n < jump], [n for n in share if jump and n >= jump]
+    if jump and before and after:
+        first = min(after)
+        points[jump - 1.0] = share[max(before)]
+        points |= {float(rows): share[first] * first / rows for rows in {jump, (jump + first) // 2}}
+    grid = sorted(points)
+    return {"sequences": grid, "share": [round(points[rows], 4) for rows in grid]}
 
 
 def fit_mixed(attention: pd.DataFrame) -> tuple[dict[str, float], float]:
@@ -158,7 +188,7 @@ def _longer_chunks(rows: list[int], contexts: list[int], times: FloatArray) -> t
 
 def gpu_terms(profile: LayerProfile, model: ModelSpec, gpu: GpuSpec) -> list[dict[str, Any]]:
     """All GPU terms of a calibration from a profile, each still to be multiplied by its coefficient."""
-    layers = model.num_layers
+    layers, kv_heads = model.num_layers, model.kv_heads_per_gpu(profile.tp)
     attention = profile.attention()
     terms = [curve_term("linear maps", *_extended(*_thin(*profile.dense_s(layers))))]
     if profile.tp > 1:
@@ -178,8 +208,8 @@ def gpu_terms(profile: LayerProfile, model: ModelSpec, gpu: GpuSpec) -> list[dic
             "sequences": rows,
             "context_tokens": contexts,
             "time_us": [us(row) for row in layers * times * 1e-6],
-            "skew": round(profile.skew(mixed=False), 4),
-            "mixed": {**scaled, "skew": round(profile.skew(mixed=True), 4)},
+            "skew": profile.skew(kv_heads, gpu.multiprocessors, mixed=False),
+            "mixed": {**scaled, "skew": profile.skew(kv_heads, gpu.multiprocessors, mixed=True)},
         }
     )
     prefill = attention[(attention.n_decode == 0) & (attention.prefill_chunk > 0)]

@@ -26,6 +26,7 @@ from experiments.overheads import (
     Observation,
     Overheads,
     coefficients,
+    load_observations,
     load_prior,
     parameter,
     save_observations,
@@ -53,7 +54,13 @@ def with_overheads(calibration: Calibration, overheads: Overheads) -> Calibratio
         terms.append(term)
     derived, more = calibration.derived is not None, float(calibration.fit.get("maps_rel_std", 0.0))
     theta, covariance = coefficients(
-        terms, overheads, calibration.source, calibration.precision, derived, more
+        terms,
+        overheads,
+        calibration=calibration.name,
+        source=calibration.source,
+        precision=calibration.precision,
+        derived=derived,
+        maps_rel_std=more,
     )
     return dataclasses.replace(
         calibration,
@@ -139,7 +146,8 @@ def observe(case: Case, group: str, prior: Overheads) -> Observation | None:
         if name == "decode attention" and expert.engine.kv_cache_dtype == "fp8":
             name = "decode attention fp8 KV"
         parts[name] = parts.get(name, 0.0) + float(share) * predicted
-    return Observation(case.run, fold(case), calibration.name, measured, parts)
+    within_ms = case.known_within_ms
+    return Observation(case.run, fold(case), calibration.name, measured, parts, case.kind, within_ms)
 
 
 def fold(case: Case) -> str:
@@ -161,8 +169,12 @@ def main() -> None:
                 rows.append(row)
                 error = sum(row.parts_ms.values()) / row.tpot_ms - 1
                 print(f"{case.run:36} {case.row:24} {group:4} prior error {100 * error:+6.1f} %", flush=True)
-    save_observations(rows)
-    print(json.dumps({"observations": len(rows)}))
+    observed = {row.run for row in rows}
+    kept = [row for row in load_observations() if row.run not in observed]
+    for run in dict.fromkeys(row.run for row in kept):
+        print(f"{run:36} is not in {folder}: kept as it was")
+    save_observations([*rows, *kept])
+    print(json.dumps({"observations": len(rows), "kept": len(kept)}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ host time, attention over a prefix) is physics with constants named here and in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pandas as pd
 
 from ersim.errors import DataError
 from ersim.steptime.specs import GpuSpec, ModelSpec, load_gpu
+from ersim.steptime.terms import MIXED_FIELDS
 
 FloatArray = npt.NDArray[np.float64]
 TABLES = {  # file stem and vLLM version of each GPU's tables
@@ -33,7 +35,6 @@ DECODE_SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DECODE_CONTEXTS = (1, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 CHUNK_GRID = (1, 16, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 PREFIX_GRID = (0, 1024, 4096, 16384, 65536, 131072)
-STREAMING_MULTIPROCESSORS = {"a100-80gb": 108, "h100-80gb": 132, "h200-141gb": 132}
 
 
 def layer_shapes(model: ModelSpec, tp: int) -> list[tuple[str, int, int]]:
@@ -193,7 +194,7 @@ class OpTables:
         chunks, prefixes = np.asarray(CHUNK_GRID, float), np.asarray(PREFIX_GRID, float)
         pair_s = (times[-1] - times[-4]) / (0.5 * (lengths[-1] ** 2 - lengths[-4] ** 2))
         tiles = np.ceil(chunks / 128) * heads
-        units = STREAMING_MULTIPROCESSORS[self.gpu.name]
+        units = self.gpu.multiprocessors
         busy = np.maximum(0.6, tiles / (np.ceil(tiles / units) * units))
         walk_s = 1.2e-8  # one tile's walk per key: 10 ns (A100, Vidur's table) to 15 ns measured
         per_key = np.maximum(chunks * pair_s / busy, walk_s)
@@ -201,12 +202,33 @@ class OpTables:
         return base[:, None] + per_key[:, None] * prefixes[None, :], float(times[0])
 
 
-KERNEL_S = 2.0e-6  # shortest kernel inside a CUDA graph: RMS norm and rotary take 2 us in the layer profiles
+# Shortest kernel in a CUDA graph: the smallest linear maps of these tables, 2.37 us (H200) to 2.45 (A100).
+KERNEL_S = 2.4e-6
 SAMPLER_S = 4.0e-5  # sampler kernels of one row: 25 to 40 us in the layer profiles
-# Share of the way from mean to longest context that uneven decode contexts cost. A100 runs the same
-# attention kernels (FlashAttention 2) as the GPUs of the layer profiles, 0.03 to 0.10 there; Hopper's
-# FlashAttention 3 splits long rows.
-DECODE_SKEW = {"a100-80gb": 0.06, "h100-80gb": 0.03, "h200-141gb": 0.03}
+# Share of the way from mean to longest context that uneven decode contexts cost. Hopper's FlashAttention 3
+# splits long rows; a guess. FlashAttention 2 is the RTX 4090's layer profile (few long rows among 8 to 256,
+# `experiments.layer_profile`), by how many rows' KV heads there are for each slot of two blocks per
+# multiprocessor: below 0.8 contexts are split, at 1 the longest row is all that remains.
+FLASH_ATTENTION_3_SKEW = 0.03
+FLASH_ATTENTION_2_SKEW = {
+    0.25: 0.05,
+    0.5: 0.04,
+    0.78: 0.04,
+    0.8: 0.186,
+    1.0: 0.149,
+    2.0: 0.078,
+    4.0: 0.03,
+    8.0: 0.005,
+}
+FLASH_ATTENTION_2_MIXED_SKEW = {0.25: 0.43, 0.5: 0.22, 1.0: 0.13, 2.0: 0.096, 4.0: 0.014}
+
+
+def flash_attention_2_skew(
+    gpu: GpuSpec, kv_heads: int, by_fill: Mapping[float, float]
+) -> dict[str, list[float]]:
+    """A skew by decode rows, {sequences, share}, from one by rows x KV heads / (2 x multiprocessors)."""
+    rows = [fill * 2 * gpu.multiprocessors / kv_heads for fill in by_fill]
+    return {"sequences": [round(value, 1) for value in rows], "share": list(by_fill.values())}
 
 
 def small_operators_s(
@@ -360,16 +382,17 @@ def _decode_term(tables: OpTables, heads: int, kv_heads: int, layers: int) -> di
         "sequences": list(DECODE_SEQS),
         "context_tokens": list(DECODE_CONTEXTS),
         "time_us": [us(row) for row in layers * table],
-        "skew": DECODE_SKEW[tables.gpu.name],
+        "skew": FLASH_ATTENTION_3_SKEW,
     }
     if narrow is not None:
         term["fp8_time_us"] = [us(row) for row in layers * narrow]
     if tables.gpu.is_a100:
+        term["skew"] = flash_attention_2_skew(tables.gpu, kv_heads, FLASH_ATTENTION_2_SKEW)
         term["mixed"] = _flash_attention_2_mixed(tables.gpu, heads, kv_heads, layers)
     return term
 
 
-def _flash_attention_2_mixed(gpu: GpuSpec, heads: int, kv_heads: int, layers: int) -> dict[str, float]:
+def _flash_attention_2_mixed(gpu: GpuSpec, heads: int, kv_heads: int, layers: int) -> dict[str, Any]:
     """Decode rows inside a prefill step under FlashAttention 2, from the RTX 4090 layer profile.
 
     There (32 heads, 8 KV heads, 128 multiprocessors at 2.5 GHz) a row costs 1.04 us, 0.19 us for each
@@ -377,9 +400,9 @@ def _flash_attention_2_mixed(gpu: GpuSpec, heads: int, kv_heads: int, layers: in
     """
     slower = (128 * 2.52) / (108 * 1.41) * heads / 32
     token_s = 2 * kv_heads * 128 * 2 / (0.46 * gpu.bandwidth_bytes_s)
-    values = [1.04 * slower * layers, 0.19 * slower * layers, token_s * 1e6 * layers, 0.12]
-    names = ("seq_us", "tile_us", "token_us", "skew")
-    return {name: float(f"{value:.4g}") for name, value in zip(names, values, strict=True)}
+    values = [1.04 * slower * layers, 0.19 * slower * layers, token_s * 1e6 * layers]
+    scaled = {name: float(f"{value:.4g}") for name, value in zip(MIXED_FIELDS, values, strict=True)}
+    return scaled | {"skew": flash_attention_2_skew(gpu, kv_heads, FLASH_ATTENTION_2_MIXED_SKEW)}
 
 
 def us(seconds: FloatArray) -> list[float]:

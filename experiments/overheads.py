@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import yaml
+from scipy.linalg import block_diag
 
 from ersim.errors import DataError
 from ersim.steptime.calibration import CALIBRATION_DIR
@@ -24,6 +25,7 @@ from ersim.steptime.calibration import CALIBRATION_DIR
 OVERHEADS_FILE = CALIBRATION_DIR / "overheads.yaml"
 OBSERVATIONS_FILE = CALIBRATION_DIR / "observations.yaml"
 FloatArray = npt.NDArray[np.float64]
+KINDS = ("per_request", "open_loop_stages", "closed_loop_rows")
 REPORTED_LINK_REL_STD = 0.4  # of an all-reduce over PCIe: public reports lie between 10 and 27 us at 32 rows
 
 # Host terms of every calibration: feature, side, label; their prior means are seconds.
@@ -31,7 +33,6 @@ HOST_TERMS = (
     ("step", "host", "host time per step"),
     ("sampled_seqs", "host", "host time per sequence"),
     ("step", "exposed", "host time not hidden"),
-    ("sampled_seqs", "exposed", "host time per sequence not hidden"),
     ("mixed_step", "exposed", "host time of steps with prefill"),
 )
 
@@ -40,7 +41,8 @@ HOST_TERMS = (
 class Observation:
     """One measured TPOT and what each parameter contributes to it at its prior mean, milliseconds.
 
-    calibration: the name of the one whose step times were simulated.
+    calibration: the name of the one whose step times were simulated. kind: of run, as run.yaml has it.
+    known_within_ms: how exactly the TPOT was published.
     """
 
     run: str
@@ -48,19 +50,35 @@ class Observation:
     calibration: str
     tpot_ms: float
     parts_ms: Mapping[str, float]
+    kind: str = "per_request"
+    known_within_ms: float = 5.1e-5
+
+    @property
+    def gpu_share(self) -> float:
+        """Milliseconds of all GPU terms as a share of the measured TPOT."""
+        hidden = {label for _, _, label in HOST_TERMS}
+        return sum(part for name, part in self.parts_ms.items() if name not in hidden) / self.tpot_ms
 
 
 @dataclass(frozen=True)
 class Overheads:
-    """Coefficients by parameter name, and the covariance of their relative errors in the same order."""
+    """Coefficients by parameter name, and factors of single calibrations.
+
+    relative_covariance: of the relative errors of `names` and then of `factors`. factors: what all GPU
+    terms of a calibration are to be multiplied by, as far as its own runs say (1 with a spread of
+    common_rel_std for all others).
+    """
 
     names: tuple[str, ...]
     mean: FloatArray
     relative_covariance: FloatArray
     common_rel_std: float
+    workload_rel_std: float
+    run_rel_std: Mapping[str, float]
     derived_rel_std: float
     residual_rel_std: float
     frontend: Mapping[str, float]
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, name: str) -> float:
         """The coefficient of one parameter."""
@@ -71,7 +89,7 @@ def parameter(label: str, source: str, precision: str) -> str:
     """Which parameter corrects the term `label`; some differ by where the term was measured."""
     if label == "weights" and source == "tables" and precision in ("fp8", "int8"):
         return "weights fp8"
-    if source == "profile" and label in ("decode attention", "host time not hidden"):
+    if source == "profile" and label == "decode attention":
         return f"{label} profile"
     return label
 
@@ -84,7 +102,9 @@ def load_prior(path: Path = OVERHEADS_FILE) -> Overheads:
         names = tuple(table)
         mean = np.asarray([float(table[name]["mean"]) for name in names])
         std = np.asarray([float(table[name]["rel_std"]) for name in names])
-        rest = {name: float(data[name]) for name in ("common_rel_std", "derived_rel_std", "residual_rel_std")}
+        spreads = ("common_rel_std", "workload_rel_std", "derived_rel_std", "residual_rel_std")
+        rest: dict[str, Any] = {name: float(data[name]) for name in spreads}
+        rest["run_rel_std"] = {kind: float(data["run_rel_std"][kind]) for kind in KINDS}
         frontend = {key: float(value) for key, value in data["frontend"].items()}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: field {error} is missing or not a number") from error
@@ -112,7 +132,8 @@ def save_observations(rows: Sequence[Observation], path: Path = OBSERVATIONS_FIL
     for row in rows:
         parts = {name: float(f"{value:.4g}") for name, value in row.parts_ms.items() if value > 0}
         record: dict[str, Any] = {"run": row.run, "group": row.group, "calibration": row.calibration}
-        record |= {"tpot_ms": round(row.tpot_ms, 4), "parts_ms": parts}
+        record |= {"kind": row.kind, "tpot_ms": round(row.tpot_ms, 4)}
+        record |= {"known_within_ms": row.known_within_ms, "parts_ms": parts}
         lines.append(f"  - {json.dumps(record)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -120,30 +141,29 @@ def save_observations(rows: Sequence[Observation], path: Path = OBSERVATIONS_FIL
 def posterior(prior: Overheads, observations: Sequence[Observation]) -> Overheads:
     """Prior corrected by observations: linear Gaussian update of the relative coefficients.
 
-    An observation says that the parts times their relative coefficients sum to the measured TPOT, up
-    to the prior's common spread. Coefficients are kept at or above a tenth of their prior.
+    An observation says that the parts times their relative coefficients, and the GPU's part times the
+    factor of its calibration, sum to the measured TPOT, up to the noise of its kind of run. Coefficients
+    are kept at or above a tenth of their prior.
     """
     if not observations:
         return prior
-    matrix = np.asarray(
-        [[row.parts_ms.get(name, 0.0) / row.tpot_ms for name in prior.names] for row in observations]
-    )
-    noise = prior.common_rel_std
-    inverse = np.linalg.inv(prior.relative_covariance)
-    precision = inverse + matrix.T @ matrix / noise**2
-    covariance = np.linalg.inv(precision)
-    start = np.ones(len(prior.names))
-    relative = covariance @ (inverse @ start + matrix.T @ np.ones(len(observations)) / noise**2)
+    calibrations = sorted({row.calibration for row in observations})
+    parts = [[row.parts_ms.get(name, 0.0) / row.tpot_ms for name in prior.names] for row in observations]
+    owners = [[row.gpu_share * (row.calibration == name) for name in calibrations] for row in observations]
+    matrix = np.hstack([np.asarray(parts), np.asarray(owners)])
+    weight = np.asarray([prior.run_rel_std[row.kind] ** -2 for row in observations])
+    spread = np.full(len(calibrations), prior.common_rel_std**2)
+    inverse = np.linalg.inv(block_diag(prior.relative_covariance, np.diag(spread)))
+    covariance = np.linalg.inv(inverse + matrix.T @ (weight[:, None] * matrix))
+    start = np.concatenate([np.ones(len(prior.names)), np.zeros(len(calibrations))])
+    relative = covariance @ (inverse @ start + matrix.T @ weight)
+    relative[len(prior.names) :] += 1.0  # a factor's relative error is that of 1 + what was found
     relative = np.maximum(relative, 0.1)
-    scaled = covariance / np.outer(relative, relative)
-    return Overheads(
-        prior.names,
-        prior.mean * relative,
-        scaled,
-        prior.common_rel_std,
-        prior.derived_rel_std,
-        prior.residual_rel_std,
-        prior.frontend,
+    return replace(
+        prior,
+        mean=prior.mean * relative[: len(prior.names)],
+        relative_covariance=covariance / np.outer(relative, relative),
+        factors=dict(zip(calibrations, relative[len(prior.names) :].tolist(), strict=True)),
     )
 
 
@@ -156,7 +176,11 @@ def load_overheads(leave_out: Callable[[Observation], bool] | None = None) -> Ov
 def predicted_tpot_ms(row: Observation, found: Overheads, prior: Overheads) -> float:
     """The TPOT that coefficients `found` give the observation's parts, which were taken at the prior's."""
     relative = dict(zip(found.names, found.mean / prior.mean, strict=True))
-    return sum(part * float(relative[name]) for name, part in row.parts_ms.items())
+    hidden, factor = {label for _, _, label in HOST_TERMS}, found.factors.get(row.calibration, 1.0)
+    return sum(
+        part * float(relative[name]) * (1.0 if name in hidden else factor)
+        for name, part in row.parts_ms.items()
+    )
 
 
 def held_out_runs(calibration: str) -> tuple[float, int] | None:
@@ -185,20 +209,31 @@ def host_terms() -> list[dict[str, Any]]:
 def coefficients(
     terms: Sequence[Mapping[str, Any]],
     overheads: Overheads,
+    *,
+    calibration: str,
     source: str,
     precision: str,
     derived: bool,
     maps_rel_std: float = 0.0,
 ) -> tuple[list[float], list[list[float]]]:
-    """Theta and covariance of `terms`: the parameters' own, a common factor, and more where derived.
+    """Theta and covariance of `terms`: the parameters' own, the calibration's factor, more where derived.
 
     maps_rel_std: what interpolation between measured points, and derivation through another GPU, may add
-    to linear maps.
+    to linear maps; only to those of a calibration that no run among the observations has judged.
     """
     names = [parameter(str(term["label"]), source, precision) for term in terms]
-    index = [overheads.names.index(name) for name in names]
-    mean = overheads.mean[index]
-    relative = overheads.relative_covariance[np.ix_(index, index)] + overheads.common_rel_std**2
+    on_gpu = np.asarray([term["side"] == "gpu" for term in terms], dtype=float)
+    select = np.zeros((len(terms), len(overheads.names) + len(overheads.factors)))
+    select[np.arange(len(terms)), [overheads.names.index(name) for name in names]] = 1.0
+    mean = overheads.mean[[overheads.names.index(name) for name in names]]
+    common = overheads.workload_rel_std**2
+    if calibration in overheads.factors:
+        select[:, len(overheads.names) + list(overheads.factors).index(calibration)] = on_gpu
+        mean = mean * np.where(on_gpu > 0, overheads.factors[calibration], 1.0)
+        maps_rel_std = 0.0
+    else:
+        common += overheads.common_rel_std**2
+    relative = select @ overheads.relative_covariance @ select.T + common
     if derived:
         linear = np.asarray([term["label"] in ("weights", "arithmetic", "all-reduce") for term in terms])
         relative = relative + overheads.derived_rel_std**2 * np.outer(linear, linear)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,9 @@ class Unrecorded:
 UNRECORDED = Unrecorded()
 
 
+EXACT_MS = 5.1e-5  # half of the last digit kept in observations.yaml
+
+
 @dataclass(frozen=True)
 class Case:
     """One simulation to run, and what was measured on it.
@@ -85,6 +88,7 @@ class Case:
     the session that each group's requests have; a group that is missing means all requests.
     ttft_from_queue: whether TTFT counts from the engine's queue instead of the client's sending.
     variant: what this case does otherwise than the run says, for an extra prediction of it.
+    known_within_ms: how exactly the measured figures were published.
     """
 
     run: str
@@ -98,6 +102,7 @@ class Case:
     notes: tuple[str, ...] = ()
     sessions: Mapping[str, int] = field(default_factory=dict)
     variant: str = ""
+    known_within_ms: float = EXACT_MS
 
 
 def read_runs(folder: Path, skipped: list[str] | None = None) -> list[Case]:
@@ -132,7 +137,9 @@ def read_run(folder: Path, skipped: list[str] | None = None) -> list[Case]:
     if kind not in READERS:
         raise DataError(f"{path}: kind must be one of {', '.join(READERS)}, got {kind!r}")
     folder = folder.resolve()
-    return READERS[kind](folder, data, [] if skipped is None else skipped, skipped is None)
+    cases = READERS[kind](folder, data, [] if skipped is None else skipped, skipped is None)
+    within_ms = float(data.get("known_within_ms", EXACT_MS))
+    return [replace(case, known_within_ms=within_ms) for case in cases]
 
 
 # ---- what all kinds share -----------------------------------------------------------------------

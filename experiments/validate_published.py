@@ -43,24 +43,31 @@ PEERS: Mapping[tuple[str, str], str] = {
     ("rtx4090_llama3.1-8b_tp1", "mean_ttft_ms"): "LLMServingSim 0.6 (KV blocks fitted; else 20.7)",
     ("rtx4090_llama3.1-8b_tp1", "mean_tpot_ms"): "LLMServingSim 0.2 (fitted; else 12.9)",
     ("rtx4090_llama3.1-8b_tp1", "mean_e2el_ms"): "LLMServingSim 0.5 (fitted; else 12.5)",
-    ("h200_llama3.1-70b_fp8", "mean_tpot_ms"): "AIConfigurator 4.7, DynoSim 4.4",
-    ("h200_llama3.1-70b_fp8", "mean_ttft_ms"): "AIConfigurator 37.6, DynoSim 22.5",
-    ("h100_llama3.1-8b_prefix_cached", "mean_e2el_ms"): "BLIS 6.7",
-    ("h100_llama3.1-8b_prefix_cached", "mean_ttft_ms"): "BLIS 6",
+    ("rtxpro6000_llama3.1-8b_tp1", "mean_ttft_ms"): "LLMServingSim 4.0",
+    ("rtxpro6000_llama3.1-8b_tp1", "mean_tpot_ms"): "LLMServingSim 1.0",
+    ("rtxpro6000_llama3.1-8b_tp1", "mean_e2el_ms"): "LLMServingSim 1.8",
+    ("h200_llama3.1-70b_fp8", "mean_tpot_ms"): "AIConfigurator 4.7, DynoSim 4.4 (means of all rows)",
+    ("h200_llama3.1-70b_fp8", "mean_ttft_ms"): "AIConfigurator 37.6, DynoSim 22.5 (means of all rows)",
+    ("h100_llama3.1-8b_prefix_cached", "mean_e2el_ms"): "BLIS 6.7 (mean of its rows)",
+    ("h100_llama3.1-8b_prefix_cached", "mean_ttft_ms"): "BLIS 6 (mean of its rows)",
 }
 
 # Published runs that we looked at while choosing how the model works: what that decided.
-OBSERVED_DIGIT_MS = 5.1e-5  # half of the last digit kept in observations.yaml
 SEEN: Mapping[str, str] = {
     "h200_llama3.1-70b_fp8": (
         "that its KV cache was fp8 is not recorded; it was concluded from the checkpoint's KV scales and "
         "from 64 users of 8,192 tokens having fitted one GPU in these rows"
     ),
     "rtx4090_llama3.1-8b_tp1": (
-        "while looking at this run were chosen: 1.5 us of launch taken off every profiled kernel (two in "
-        "attention), 0.1 ms instead of 0.2 between steps for profiles, the median for uneven contexts, the "
-        "rows behind the mixed-batch fit, hiding the host's time per sequence, and counting from the end of "
-        "the step in which a request is queued"
+        "none of its rows was fitted, but with it in view were chosen: the rows behind the mixed-batch fit, "
+        "that asynchronous scheduling hides the host's time per sequence, counting from the end of the step "
+        "in which a request is queued, and, from profiles and an RTX PRO 6000 run, how uneven contexts cost"
+    ),
+    "rtxpro6000_llama3.1-8b_tp1": (
+        "with it in view were chosen: profiled kernel times as they are, and how uneven contexts cost"
+    ),
+    "rtx4090_llama3.1-8b_tp1_earlier": (
+        "its KV blocks are not recorded; 2,945 fit its mean TTFT, TPOT, E2E and end at once"
     ),
 }
 
@@ -121,19 +128,35 @@ class Options:
 
 def judged_expert(case: Case, options: Options = Options()) -> ExpertModel:
     """The expert with coefficients that never saw the rows it is judged on."""
-    whole, other_gpus = options.whole_runs or options.other_gpus, options.other_gpus
+    own = own_rows(case, options)
+    overheads = load_overheads(leave_out=lambda row: (row.run, row.group) in own)
+    expert = expert_model(case.expert, overheads)
+    if not options.other_gpus or expert.gpu is None:
+        return expert
+    gpu, known = expert.gpu, expert.calibration
+    carried = estimate(expert.model, gpu, known.precision, known.tp, leave_out=(gpu.name,))
+    return dataclasses.replace(expert, calibration=with_overheads(carried, overheads))
+
+
+def own_rows(case: Case, options: Options = Options()) -> set[tuple[str, str]]:
+    """Run and group of the observations that a judged case must not have taught its coefficients."""
+    whole = options.whole_runs or options.other_gpus
     observed = load_observations()
     own = {(row.run, row.group) for row in observed if _is_of(row, case, whole_run=whole)}
     if whole:  # all rows of a series that the case is a part of, whatever its folder is called
         runs = {run for run, _ in own}
         own |= {(row.run, row.group) for row in observed if row.run in runs}
-    overheads = load_overheads(leave_out=lambda row: (row.run, row.group) in own)
-    expert = expert_model(case.expert, overheads)
-    if not other_gpus or expert.gpu is None:
-        return expert
-    gpu, known = expert.gpu, expert.calibration
-    carried = estimate(expert.model, gpu, known.precision, known.tp, leave_out=(gpu.name,))
-    return dataclasses.replace(expert, calibration=with_overheads(carried, overheads))
+    return own
+
+
+def teachers(case: Case, options: Options) -> str:
+    """The published runs that the case's coefficients were fitted on, in words."""
+    own, found = own_rows(case, options), dict.fromkeys(row.run for row in load_observations())
+    groups = {run: {row.group for row in load_observations() if row.run == run} for run in found}
+    left = {run: sorted(group for group in groups[run] if (run, group) not in own) for run in found}
+    whole = [run for run in left if len(left[run]) == len(groups[run])]
+    parts = [f"{run} ({', '.join(left[run])})" for run in left if 0 < len(left[run]) < len(groups[run])]
+    return ", ".join([*whole, *parts])
 
 
 def _is_of(row: Observation, case: Case, whole_run: bool) -> bool:
@@ -141,7 +164,9 @@ def _is_of(row: Observation, case: Case, whole_run: bool) -> bool:
     if row.run == case.run:
         return whole_run or row.group == fold(case)
     measured = [figures.get("mean_tpot_ms") for figures in case.measured.values()]
-    close_ms = max(1e-5 * row.tpot_ms, OBSERVED_DIGIT_MS)
+    if row.calibration.split("/")[0] != case.expert.gpu:
+        return False
+    close_ms = max(1e-5 * row.tpot_ms, row.known_within_ms, case.known_within_ms)
     return any(value is not None and abs(value - row.tpot_ms) <= close_ms for value in measured)
 
 
@@ -220,12 +245,14 @@ def _compare(
 ) -> Comparison:
     """Prediction and interval of a figure (group, metric, peers' error), on a log scale: times multiply.
 
-    Draws come in reflected pairs, so that only half of them are degrees of freedom.
+    The draws' spread holds the coefficients' doubt and one workload's randomness; the middle errs by that
+    of its own few workloads alone. Draws come in reflected pairs, whose mean is the middle by construction
+    and of which only half are degrees of freedom.
     """
     group, metric, peers = figure
-    middle, spread = float(np.log(middles).mean()), float(np.log(draws).std(ddof=1))
+    middle, spread = float(np.log(middles).mean()), float(np.log(draws).std())
     quantile = float(student.ppf(0.5 + LEVEL / 2, max(1, len(draws) // 2)))
-    reach = quantile * spread * float(np.sqrt(1 + 1 / len(middles)))
+    reach = quantile * float(np.sqrt(spread**2 + np.log(middles).var(ddof=1) / len(middles)))
     widest = float(np.log1p(WIDEST))
     low, high = _ends(middle, min(reach, widest))
     return Comparison(
@@ -369,13 +396,14 @@ def predict_all(cases: Sequence[Case], options: Options) -> tuple[list[Compariso
     return rows, skipped
 
 
-def notes_of(cases: Sequence[Case]) -> list[str]:
-    """What to know about the runs: which were not judged blindly, what was assumed; each once."""
+def notes_of(cases: Sequence[Case], options: Options = Options()) -> list[str]:
+    """What to know about the runs: which were not judged blindly, what was assumed, what taught them."""
     seen = [
         f"{case.run} is NOT BLIND: {SEEN[name]}" for case in cases if (name := published_name(case)) in SEEN
     ]
     said = [f"{case.run}: {note}" for case in cases for note in case.notes]
-    return list(dict.fromkeys([*seen, *said]))
+    taught = [f"{case.run}: coefficients fitted on {teachers(case, options)}" for case in cases]
+    return list(dict.fromkeys([*seen, *said, *taught]))
 
 
 def main() -> None:
@@ -409,7 +437,7 @@ def main() -> None:
         raise SystemExit(2) from error
     extras = [extra for case in cases if (extra := with_predicted_blocks(case)) is not None]
     rows, skipped = predict_all([*cases, *extras], options)
-    print(json.dumps(report(rows, [*unread, *skipped], notes_of(cases), options)))
+    print(json.dumps(report(rows, [*unread, *skipped], notes_of(cases, options), options)))
     if not rows:
         raise SystemExit(1)
 

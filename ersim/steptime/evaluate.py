@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ersim.steptime.calibration import Calibration
-from ersim.steptime.terms import curve, curve_rows, segment
+from ersim.steptime.terms import by_rows, curve, curve_rows, segment
 from ersim.types import Batch
 from ersim.util.vectors import i64, vec
 
@@ -138,7 +138,7 @@ class PreparedStepTime:
         self._pairs_s = weights["prefill_pairs"]
         self._prefill_context_s = weights["prefill_context_tokens"]
         self._prepare_decode(gpu, max_seqs, fp8_kv, beyond_factor)
-        self._prepare_mixed(gpu, kv_scale)
+        self._prepare_mixed(gpu, max_seqs, kv_scale)
         self._prepare_prefill(gpu)
 
     def _prepare_decode(
@@ -150,7 +150,7 @@ class PreparedStepTime:
         self._flat_values: vec[float] = vec[float]()
         self._flat_slopes: vec[float] = vec[float]()
         self._width: i64 = 0
-        self._skew = 0.0
+        self._skew: vec[float] = vec[float]([0.0] * (max_seqs + 1))
         if not tables:
             return
         seqs = np.arange(max_seqs + 1, dtype=float)
@@ -168,15 +168,18 @@ class PreparedStepTime:
         slopes = np.empty_like(total)
         slopes[:, :-1] = np.diff(total, axis=1) / np.diff(grid)
         slopes[:, -1] = beyond * factor
-        self._skew = float(np.mean([t["skew"] for t, _ in tables]))
+        self._skew = vec[float](np.mean([by_rows(t["skew"], max_seqs) for t, _ in tables], axis=0).tolist())
         self._grid, self._values, self._slopes = grid, total, slopes
         self._width = len(grid)
         self._context_grid = vec[float](grid.tolist())
         self._flat_values = vec[float](total.ravel().tolist())
         self._flat_slopes = vec[float](slopes.ravel().tolist())
 
-    def _prepare_mixed(self, terms: list[tuple[Mapping[str, Any], float]], kv_scale: float) -> None:
-        self._mixed_seq = self._mixed_tile = self._mixed_token = self._mixed_skew = 0.0
+    def _prepare_mixed(
+        self, terms: list[tuple[Mapping[str, Any], float]], max_seqs: int, kv_scale: float
+    ) -> None:
+        self._mixed_seq = self._mixed_tile = self._mixed_token = 0.0
+        self._mixed_skew: vec[float] = vec[float]()
         self._has_mixed = False
         for term, coefficient in terms:
             mixed = term.get("mixed")
@@ -185,7 +188,7 @@ class PreparedStepTime:
                 self._mixed_seq += coefficient * mixed["seq_us"] * 1e-6
                 self._mixed_tile += coefficient * mixed["tile_us"] * 1e-6
                 self._mixed_token += coefficient * mixed["token_us"] * 1e-6 * kv_scale
-                self._mixed_skew = mixed["skew"]
+                self._mixed_skew = vec[float](by_rows(mixed["skew"], max_seqs).tolist())
 
     def _prepare_prefill(self, terms: list[tuple[Mapping[str, Any], float]]) -> None:
         """Prefill attention by chunk (first axis) and prefix; bilinear, continued beyond both grids."""
@@ -226,7 +229,7 @@ class PreparedStepTime:
                 level = self._attention_s(rows, mean)
                 seconds += level
                 if longest > mean:
-                    seconds += self._skew * (self._attention_s(rows, longest) - level)
+                    seconds += self._skew[rows] * (self._attention_s(rows, longest) - level)
                 if longest > self._max_context:
                     self._count("context_tokens")
             if self._skew_tokens_s:
@@ -250,15 +253,16 @@ class PreparedStepTime:
 
     def _mixed_decode_s(self, batch: Batch) -> float:
         """Seconds of decode rows' attention inside a step that also prefills."""
-        rows, total = batch.decode_seqs, batch.decode_context_tokens
+        rows: i64 = batch.decode_seqs
+        total = float(batch.decode_context_tokens)
         largest = 0
         for chunk, _ in batch.prefills:
             if chunk > largest:
                 largest = chunk
         tiles = -(-largest // 128)
-        uneven = max(0.0, float(rows * batch.decode_context_max - total))
-        return rows * (self._mixed_seq + tiles * self._mixed_tile) + self._mixed_token * (
-            total + self._mixed_skew * uneven
+        uneven = max(0.0, float(rows) * float(batch.decode_context_max) - total)
+        return float(rows) * (self._mixed_seq + tiles * self._mixed_tile) + self._mixed_token * (
+            total + self._mixed_skew[rows] * uneven
         )
 
     def _prefill_s(self, prefills: Sequence[tuple[int, int]], decoding: bool) -> float:
@@ -301,7 +305,7 @@ class PreparedStepTime:
             mean = total / decode_seqs
             level = self._attention(decode_seqs, mean)
             excess = np.where(longest > mean, self._attention(decode_seqs, longest) - level, 0.0)
-            seconds = seconds + level + self._skew * excess
+            seconds = seconds + level + self._skew[decode_seqs] * excess
             over = int((longest > self._max_context).sum())
             if over:
                 self._count("context_tokens", over)

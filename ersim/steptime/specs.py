@@ -131,8 +131,8 @@ class ModelSpec:
 class GpuSpec:
     """One GPU by its datasheet.
 
-    memory_bytes: total memory as CUDA reports it. flops: dense tensor-core peak by precision
-    (int4 weights compute in bf16). link_bytes_s: one-way bandwidth to its peers in a node.
+    memory_bytes: total memory as CUDA reports it. multiprocessors: how many (SMs). flops: dense tensor-core
+    peak by precision (int4 weights compute in bf16). link_bytes_s: one-way bandwidth to its peers in a node.
     flops_efficiency and bandwidth_efficiency: share of peak that kernels reach, for the roofline.
     idle_w and tdp_w: board power, None when unknown.
     """
@@ -140,6 +140,7 @@ class GpuSpec:
     name: str
     memory_bytes: int
     bandwidth_bytes_s: float
+    multiprocessors: int
     flops: Mapping[str, float]
     link_bytes_s: float
     link_latency_s: float
@@ -239,6 +240,7 @@ def load_gpu(name: str) -> GpuSpec:
         name=name,
         memory_bytes=int(_positive(data, "memory_bytes", where)),
         bandwidth_bytes_s=_positive(data, "bandwidth_bytes_s", where),
+        multiprocessors=int(_positive(data, "multiprocessors", where)),
         flops={key: _positive(flops, key, f"{where}: flops") for key in flops},
         link_bytes_s=_positive(data, "link_bytes_s", where),
         link_latency_s=_positive(data, "link_latency_s", where),

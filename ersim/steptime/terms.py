@@ -9,7 +9,8 @@ tokens: tokens, time_us, padded
 sampled: sequences, time_us
     curve over rows that emit a token.
 decode_attention: sequences, context_tokens, time_us[][], skew; optional fp8_time_us[][], fp8_scale, mixed
-    table over decode rows and their mean context, plus skew times the excess of the longest context.
+    table over decode rows and their mean context, plus skew times the excess of the longest context; a
+    skew is a number, or {sequences, share} by decode rows.
     fp8_time_us times fp8_scale replaces time_us when the KV cache is fp8. mixed = {seq_us, tile_us,
     token_us, skew}: in a step that also prefills the rows cost seq_us + tile_us for each 128 tokens of
     the longest chunk, token_us per token of context and skew of it per token that the longest has more.
@@ -54,7 +55,7 @@ HOST_FEATURES = (
 )
 CURVE_FEATURES = ("tokens", "padded_tokens", "sampled_seqs", "decode_seqs")  # may have low and high
 
-MIXED_FIELDS = ("seq_us", "tile_us", "token_us", "skew")
+MIXED_FIELDS = ("seq_us", "tile_us", "token_us")
 
 
 def check_term(term: Any, where: str) -> None:
@@ -106,9 +107,17 @@ def _check_table(term: Mapping[str, Any], where: str, rows: str, extra: str) -> 
     for index, row in enumerate(times):
         if len(_numbers(row, f"{where}.time_us[{index}]")) != len(columns):
             raise DataError(f"{where}.time_us[{index}] must have {len(columns)} entries, one per context")
-    value = term.get(extra)
-    if not _is_share(value):
-        raise DataError(f"{where}.{extra} must be a number >= 0, got {value!r}")
+    _check_share(term.get(extra), f"{where}.{extra}")
+
+
+def _check_share(value: Any, where: str) -> None:
+    """A number >= 0, or one for each of some numbers of decode rows: {sequences, share}."""
+    if isinstance(value, Mapping):
+        grid = _numbers(value.get("sequences"), f"{where}.sequences", increasing=True)
+        if len(_numbers(value.get("share"), f"{where}.share")) != len(grid):
+            raise DataError(f"{where}.share must have as many entries as sequences ({len(grid)})")
+    elif not _is_share(value):
+        raise DataError(f"{where} must be a number >= 0, got {value!r}")
 
 
 def _is_share(value: Any) -> bool:
@@ -127,6 +136,7 @@ def _check_decode(term: Mapping[str, Any], where: str) -> None:
         for name in MIXED_FIELDS:
             if not isinstance(mixed, Mapping) or not _is_share(mixed.get(name)):
                 raise DataError(f"{where}.mixed.{name} must be a number >= 0, got {mixed!r}")
+        _check_share(mixed.get("skew"), f"{where}.mixed.skew")
 
 
 def _check_linear(term: Mapping[str, Any], where: str) -> None:
@@ -147,6 +157,15 @@ CHECKS = {
     "prefill_attention": lambda term, where: _check_table(term, where, "chunk_tokens", "shared_us"),
     "linear": _check_linear,
 }
+
+
+def by_rows(skew: Any, max_seqs: int) -> np.ndarray:
+    """A skew for each number of decode rows from 0 to `max_seqs`; held at both ends of its grid."""
+    rows = np.arange(max_seqs + 1, dtype=float)
+    if not isinstance(skew, Mapping):
+        return np.full(len(rows), float(skew))
+    result: np.ndarray = np.interp(rows, skew["sequences"], skew["share"])
+    return result
 
 
 def curve(x: np.ndarray, grid: Any, values: Any) -> np.ndarray:

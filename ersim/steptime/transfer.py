@@ -240,14 +240,24 @@ def _decode(term: Mapping[str, Any], origin: Setting, target: Setting, layers: f
         first = times[:, :1]
         return [_times(row) for row in first * layers + (times - first) * ratio]
 
-    moved = {**term, "time_us": table(term["time_us"])}
+    moved = {**term, "time_us": table(term["time_us"]), "skew": _skew(term["skew"], origin, target)}
     if term.get("fp8_time_us") is not None:
         moved["fp8_time_us"] = table(term["fp8_time_us"])
     mixed = term.get("mixed")
     if mixed is not None:
         factors = {"seq_us": layers, "tile_us": layers, "token_us": ratio}
-        moved["mixed"] = {name: value * factors.get(name, 1.0) for name, value in mixed.items()}
+        moved["mixed"] = {name: mixed[name] * factor for name, factor in factors.items()}
+        moved["mixed"]["skew"] = _skew(mixed["skew"], origin, target)
     return moved
+
+
+def _skew(skew: Any, origin: Setting, target: Setting) -> Any:
+    """A skew by decode rows for another GPU or TP: as many rows as fill its multiprocessors alike."""
+    if not isinstance(skew, Mapping):
+        return skew
+    fill = target.gpu.multiprocessors / origin.gpu.multiprocessors
+    fill *= origin.model.kv_heads_per_gpu(origin.tp) / target.model.kv_heads_per_gpu(target.tp)
+    return {**skew, "sequences": [round(rows * fill, 1) for rows in skew["sequences"]]}
 
 
 def _prefill(term: Mapping[str, Any], origin: Setting, target: Setting, layers: float) -> dict[str, Any]:

@@ -229,9 +229,16 @@ def test_a_judged_run_never_saw_itself_under_any_folder_name(runs):
     """Leave-one-run-out goes by what was measured, not by what the folder is called."""
     known = next(row for row in load_observations() if row.run.startswith("h200"))
     (case, *_) = read_runs(runs / "closed")
-    renamed = dataclasses.replace(case, measured={"": {"mean_tpot_ms": known.tpot_ms * (1 + 1e-6)}})
+    there = dataclasses.replace(case, expert=dataclasses.replace(case.expert, gpu="h200-141gb"))
+    renamed = dataclasses.replace(there, measured={"": {"mean_tpot_ms": known.tpot_ms * (1 + 1e-6)}})
     assert not any(_is_of(row, case, False) for row in load_observations())
     assert _is_of(known, renamed, False)
+    assert not _is_of(known, dataclasses.replace(renamed, expert=case.expert), False)  # another GPU
+    rounded = next(row for row in load_observations() if row.known_within_ms > 0.01)
+    gpu = rounded.calibration.split("/")[0]
+    exact = {"": {"mean_tpot_ms": rounded.tpot_ms + 0.8 * rounded.known_within_ms}}
+    own = dataclasses.replace(case, expert=dataclasses.replace(case.expert, gpu=gpu), measured=exact)
+    assert _is_of(rounded, own, False)  # known to fewer digits than a folder of the same run may hold
     assert _is_of(known, dataclasses.replace(case, run=known.run), True)
 
 
@@ -298,7 +305,9 @@ def test_a_run_that_was_looked_at_is_said_to_be_not_blind_under_any_name(runs):
     _, single, _ = read_runs(runs)
     assert not any("NOT BLIND" in note for note in notes_of([single]))
     seen = next(row for row in load_observations() if row.run in SEEN)
-    copy = dataclasses.replace(single, run="copy", measured={"": {"mean_tpot_ms": seen.tpot_ms}})
+    expert = dataclasses.replace(single.expert, gpu=seen.calibration.split("/")[0])
+    measured = {"": {"mean_tpot_ms": seen.tpot_ms}}
+    copy = dataclasses.replace(single, run="copy", expert=expert, measured=measured)
     assert any(note.startswith("copy is NOT BLIND") for note in notes_of([copy]))
     assert any("NOT BLIND" in note for note in notes_of([dataclasses.replace(single, run=seen.run)]))
 

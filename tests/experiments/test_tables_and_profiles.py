@@ -13,7 +13,7 @@ from ersim.steptime import build_expert_model, load_gpu, load_model
 from ersim.steptime.calibration import find, load
 from ersim.types import Batch
 from experiments.build_calibration import from_profile, from_tables, held_out
-from experiments.layer_profile import LayerProfile, fit_mixed
+from experiments.layer_profile import LayerProfile, curve_of, fit_mixed, unsplit_rows
 from experiments.op_tables import GemmTable, OpTables, layer_shapes, linear_maps_s, split_linear
 from experiments.overheads import coefficients, load_overheads
 
@@ -143,10 +143,39 @@ def test_the_held_out_error_of_a_stepped_curve_is_not_the_height_of_its_steps():
 
 
 def test_doubt_of_the_curves_widens_linear_maps_alone():
-    terms = [{"label": "weights"}, {"label": "decode attention"}]
+    terms = [{"label": "weights", "side": "gpu"}, {"label": "decode attention", "side": "gpu"}]
     overheads = load_overheads()
+    chosen = {"calibration": "new", "source": "tables", "precision": "bf16", "derived": False}
     plain, wide = (
-        np.asarray(coefficients(terms, overheads, "tables", "bf16", False, s)[1]) for s in (0.0, 0.1)
+        np.asarray(coefficients(terms, overheads, **chosen, maps_rel_std=s)[1]) for s in (0.0, 0.1)
     )
     assert wide[0, 0] == pytest.approx(plain[0, 0] + 0.01 * overheads.value("weights") ** 2, rel=1e-3)
     assert wide[1, 1] == plain[1, 1]
+
+
+def test_a_jump_lies_between_profiled_rows():
+    found = curve_of({16: 0.02, 32: 0.16, 64: 0.08}, 25)
+    assert found["sequences"] == [16, 24, 25, 28, 32, 64]
+    assert found["share"] == pytest.approx([0.02, 0.02, 0.16 * 32 / 25, 0.16 * 32 / 28, 0.16, 0.08], abs=1e-4)
+    assert curve_of({16: 0.02, 32: 0.16}, None) == {"sequences": [16, 32], "share": [0.02, 0.16]}
+
+
+@needs_profiles
+@pytest.mark.parametrize(
+    ("folder", "gpu", "tp"),
+    [
+        ("RTX4090_Llama-3.1-8B_bf16", "rtx4090", 1),
+        ("RTXPRO6000_Llama-3.1-8B_bf16", "rtxpro6000", 1),
+        ("RTXPRO6000_Llama-3.1-8B_bf16", "rtxpro6000", 2),
+    ],
+)
+def test_profiles_jump_where_flash_attention_stops_splitting(folder, gpu, tp):
+    """From where on long contexts cost more follows from multiprocessors and KV heads, in all profiles."""
+    heads = load_model("llama3.1-8b").kv_heads_per_gpu(tp)
+    jump = unsplit_rows(heads, load_gpu(gpu).multiprocessors)
+    found = LayerProfile(PROFILE_DIR / folder, tp).skew(heads, load_gpu(gpu).multiprocessors, mixed=False)
+    share = dict(zip(found["sequences"], found["share"], strict=True))
+    profiled = [8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
+    below, above = max(n for n in profiled if n < jump), min(n for n in profiled if n >= jump)
+    assert share[above] > 3 * share[below]
+    assert all(share[n] > share[2 * n] for n in profiled if above <= n < 256)

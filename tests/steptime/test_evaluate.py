@@ -58,6 +58,25 @@ def test_uneven_contexts_cost_more():
     assert time_of.step_s(_decode(32, 32_000, 3000)) > time_of.step_s(_decode(32, 32_000, 1000))
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_one_long_row_costs_more_where_contexts_are_no_longer_split(tp):
+    """FlashAttention 2 on 188 multiprocessors splits contexts up to 37 rows of 8 KV heads, 75 of 4.
+
+    Padded to CUDA graphs that is 32 and 72. From there on the longest row is walked by one block per head.
+    """
+    engine = EngineSettings(max_model_len=8192)
+    time_of = build_expert_model(ExpertConfig(gpu="rtxpro6000", tp=tp, engine=engine), "x").step_time(None)
+
+    def excess_s(rows: int) -> float:
+        even = _decode(rows, rows * 1200, 1200)
+        return time_of.step_s(_decode(rows, rows * 1200, 4200)) - time_of.step_s(even)
+
+    split, whole, many = 32 * tp if tp == 1 else 72, 33 if tp == 1 else 73, 256
+    assert excess_s(whole) > 3 * excess_s(split)
+    assert excess_s(whole) == pytest.approx(excess_s(64 * tp), rel=0.25)  # the same walk, whoever else runs
+    assert excess_s(many) / many < 0.25 * excess_s(whole) / whole  # later waves hide it
+
+
 def test_decode_rows_cost_more_inside_a_prefill_step_of_flash_attention_2():
     time_of = MODELS["profile"].step_time(None)
     prefill = time_of.step_s(Batch(512, 0, 0, 0, [(512, 0)], 1))

@@ -111,3 +111,17 @@ def test_another_model_is_a_roofline():
 def test_the_nearest_gpu_has_the_same_kernels_and_kind_of_memory(gpu: str, base: str) -> None:
     found = nearest(Setting(load_model("llama3.1-8b"), load_gpu(gpu), "bf16", 1))
     assert found is not None and found.gpu == base
+
+
+def test_uneven_contexts_are_carried_over_by_how_many_rows_fill_the_gpu():
+    base = load(find("rtx4090", "llama3.1-8b", "bf16", 1))
+    target = Setting(load_model("llama3.1-8b"), load_gpu("l40s"), "bf16", 2)
+    moved = build_transfer(base, target)
+    of = {c.gpu: next(t for t in c.terms if t["kind"] == "decode_attention") for c in (base, moved)}
+    fill = 142 / 128 * 8 / 4  # multiprocessors, and KV heads on each GPU
+    for before, after in (
+        (of["rtx4090"]["skew"], of["l40s"]["skew"]),
+        (of["rtx4090"]["mixed"]["skew"], of["l40s"]["mixed"]["skew"]),
+    ):
+        assert after["share"] == before["share"]
+        assert after["sequences"] == pytest.approx([rows * fill for rows in before["sequences"]], abs=0.06)
