@@ -45,7 +45,7 @@ from testbed.fleet_calibration import FleetCalibration, with_calibrations
 from testbed.fleet_calibration import load as load_fleet
 from testbed.gateway.process import GatewayProcess
 from testbed.host_speed import SpeedTrace
-from testbed.live_run import LiveRun, check_answered, gateway_settings, level_config, run_level
+from testbed.live_run import check_answered, gateway_settings, level_config, run_level
 from testbed.measured import power_figures
 from testbed.measured_run import read_power, read_run, read_span_s, read_speed, write_power, write_run
 from testbed.pooled import IdArray, Run, answered, pooled_figures
@@ -119,6 +119,7 @@ def _measure(
     set_aside(folder / "runs", "*/run.json")
     with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs"):
         settings = gateway_settings(base, shared, live, folder / "runs")
+        check_versions({server.spec.name: server.spec.steps_path for server in live.all_servers}, known)
         with GatewayProcess(settings, folder / "runs") as gateway:
             for repeat in range(job.repeats):
                 standings = check_all(live, base.fleet, shared, job.workload, job.seed + repeat, say)
@@ -128,7 +129,6 @@ def _measure(
                     tag = f"u{users}r{repeat}"
                     run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag, repeat)
                     check_answered(run)
-                    _check_version(run, known)
                     write_run(run, level, folder / "runs" / tag, standings, repeat)
 
 
@@ -179,10 +179,14 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     return {name: value}
 
 
-def _check_version(run: LiveRun, known: FleetCalibration) -> None:
-    """Raise ConfigError when the servers run another vLLM than the calibration was made with."""
-    for name, log in run.logs.items():
-        version = str(log.meta["vllm_version"])
+def check_versions(step_logs: Mapping[str, Path], known: FleetCalibration) -> None:
+    """Raise ConfigError when a server runs another vLLM than the calibration was made with.
+
+    step_logs: by server the file of its recorder, whose first line names the version; it is written when
+    the engine starts, long before the server says that it is ready.
+    """
+    for name, path in step_logs.items():
+        version = str(read_step_log(path).meta["vllm_version"])
         if version != known.vllm_version:
             raise ConfigError(
                 f"expert {name} runs vLLM {version}, its calibration was made with {known.vllm_version}: "

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
 from ersim.config import ExpertConfig, FleetConfig, SimulationConfig, WorkloadConfig
+from ersim.errors import ConfigError
 from ersim.prepare import Preparations
 from ersim.results import Gaps, Window
 from experiments.live_schema import LiveConfig
-from experiments.validate import _bars_met, _errors, _failed, _predictions, _rows, table
+from experiments.validate import _bars_met, _errors, _failed, _predictions, _rows, check_versions, table
 from testbed.contention import Contention
 from testbed.fleet_calibration import FleetCalibration
 from testbed.host_speed import SpeedTrace
 from testbed.live_run import level_config
 from testbed.pooled import answered
 from testbed.predict import predict_once
+from testbed.step_log import FORMAT
 
 SUMMARY = {"output_throughput": 100.0, "median_tpot_ms": 20.0, "per_expert": {"a": {"share": 1.0}}}
 
@@ -58,3 +63,11 @@ def test_requests_without_an_answer_are_counted_in_all_repeats() -> None:
     gaps = Gaps.concatenate([])
     frames = [pd.DataFrame({"status": states}) for states in (["completed", "failed"], ["rejected"], [])]
     assert _failed([(frame, gaps) for frame in frames]) == 2
+
+
+def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_load(tmp_path: Path) -> None:
+    log = tmp_path / "a.steps.jsonl"
+    log.write_text(json.dumps(["m", {"format": FORMAT, "vllm_version": "0.32.0"}]) + "\n")
+    check_versions({"a": log}, FleetCalibration("f", {}, {}, {}, vllm_version="0.32.0"))
+    with pytest.raises(ConfigError, match=r"a runs vLLM 0\.32\.0, its calibration was made with 0\.19\.0"):
+        check_versions({"a": log}, FleetCalibration("f", {}, {}, {}, vllm_version="0.19.0"))
