@@ -50,7 +50,9 @@ def padded_tokens(limit: int, sizes: Sequence[int]) -> FloatArray:
 
 
 _STATE = (
+    "_beyond_factor",
     "_chunk_grid",
+    "_chunk_key",
     "_chunk_rows",
     "_context_grid",
     "_decode",
@@ -66,7 +68,10 @@ _STATE = (
     "_host_prefill",
     "_host_sampled",
     "_host_tokens",
+    "_max_chunk",
     "_max_context",
+    "_max_prefix",
+    "_max_rows",
     "_max_tokens",
     "_mixed",
     "_mixed_seq",
@@ -77,6 +82,7 @@ _STATE = (
     "_prefill_context_s",
     "_prefill_row",
     "_prefix_grid",
+    "_prefix_key",
     "_sampled",
     "_shared",
     "_skew",
@@ -91,7 +97,8 @@ _STATE = (
 class PreparedStepTime:
     """Seconds per step from one set of coefficients.
 
-    beyond: how many evaluations lay outside the calibration's range, by key of RANGE_KEYS.
+    beyond: how many evaluations lay outside the calibration's range, by key of RANGE_KEYS. What such a
+    step takes more than one at the edge of the range is multiplied by `beyond_factor`, which draws spread.
     """
 
     __slots__ = _STATE
@@ -111,8 +118,15 @@ class PreparedStepTime:
     ) -> None:
         self.beyond: dict[str, int] = {}
         valid = calibration.valid
-        self._max_tokens = int(valid.get("tokens", (0, max_tokens))[1])
-        self._max_context = float(valid.get("context_tokens", (0, max_context))[1])
+        self._beyond_factor = beyond_factor
+        self._max_tokens: i64 = int(valid.get("tokens", (0, max_tokens))[1])
+        self._max_rows: i64 = min(int(valid.get("decode_seqs", (0, max_seqs))[1]), self._max_tokens)
+        self._max_context: i64 = int(valid.get("context_tokens", (0, max_context))[1])
+        # Tables and profiles name no range of their own for prefill: steps' and contexts' hold for it.
+        self._chunk_key = "prefill_chunk_tokens" if "prefill_chunk_tokens" in valid else "tokens"
+        self._prefix_key = "prefill_context_tokens" if "prefill_context_tokens" in valid else "context_tokens"
+        self._max_chunk: i64 = int(valid.get("prefill_chunk_tokens", (0, self._max_tokens))[1])
+        self._max_prefix: i64 = int(valid.get("prefill_context_tokens", (0, self._max_context))[1])
         terms = list(zip(calibration.terms, theta.tolist(), strict=True))
         gpu = [(t, c) for t, c in terms if t["side"] == "gpu"]
         host = [(t, c) for t, c in terms if t["side"] == "host"]
@@ -120,7 +134,7 @@ class PreparedStepTime:
             gpu, host = gpu + [(t, SYNCHRONOUS_HOST_SHARE * c) for t, c in host], []
         exposed = [(t, c) for t, c in terms if t["side"] == "exposed"]
         self._has_host = bool(host)
-        sizes = (max_tokens, max_seqs, graphs, self._max_tokens, beyond_factor)
+        sizes = (max_tokens, max_seqs, graphs)
         self._tokens, self._sampled, self._decode, self._mixed, self._prefill_row = _curves(
             gpu + exposed, *sizes
         )
@@ -137,12 +151,12 @@ class PreparedStepTime:
         self._skew_tokens_s = weights["decode_skew_tokens"] * kv_scale
         self._pairs_s = weights["prefill_pairs"]
         self._prefill_context_s = weights["prefill_context_tokens"]
-        self._prepare_decode(gpu, max_seqs, fp8_kv, beyond_factor)
+        self._prepare_decode(gpu, max_seqs, fp8_kv)
         self._prepare_mixed(gpu, max_seqs, kv_scale)
         self._prepare_prefill(gpu)
 
     def _prepare_decode(
-        self, terms: list[tuple[Mapping[str, Any], float]], max_seqs: int, fp8_kv: bool, factor: float
+        self, terms: list[tuple[Mapping[str, Any], float]], max_seqs: int, fp8_kv: bool
     ) -> None:
         """Values and slopes of decode attention by rows (first axis) from each context of the grid on."""
         tables = [(t, c) for t, c in terms if t["kind"] == "decode_attention"]
@@ -167,7 +181,7 @@ class PreparedStepTime:
             beyond += curve_rows(seqs, np.asarray(term["sequences"], float), last[:, None])[:, 0]
         slopes = np.empty_like(total)
         slopes[:, :-1] = np.diff(total, axis=1) / np.diff(grid)
-        slopes[:, -1] = beyond * factor
+        slopes[:, -1] = beyond
         self._skew = vec[float](np.mean([by_rows(t["skew"], max_seqs) for t, _ in tables], axis=0).tolist())
         self._grid, self._values, self._slopes = grid, total, slopes
         self._width = len(grid)
@@ -212,12 +226,18 @@ class PreparedStepTime:
 
     def step_s(self, batch: Batch) -> float:
         """Seconds that this step takes (mean, no noise)."""
+        seconds = self._seconds(batch)
+        if self._leaves_range(batch) and self._beyond_factor != 1.0:
+            edge = self._seconds(self._at_edge(batch))
+            return edge + (seconds - edge) * self._beyond_factor
+        return seconds
+
+    def _seconds(self, batch: Batch) -> float:
+        """What the terms say, inside the calibration's range or beyond it."""
         tokens: i64 = batch.tokens
         rows: i64 = batch.decode_seqs
         sampled: i64 = batch.sampled_seqs
         prefills = len(batch.prefills)
-        if tokens > self._max_tokens:
-            self._count("tokens")
         seconds = self._tokens[tokens] + self._sampled[sampled]
         if rows:
             total, longest = float(batch.decode_context_tokens), float(batch.decode_context_max)
@@ -230,8 +250,6 @@ class PreparedStepTime:
                 seconds += level
                 if longest > mean:
                     seconds += self._skew[rows] * (self._attention_s(rows, longest) - level)
-                if longest > self._max_context:
-                    self._count("context_tokens")
             if self._skew_tokens_s:
                 seconds += self._skew_tokens_s * max(0.0, float(rows) * longest - total)
         if prefills:
@@ -243,6 +261,42 @@ class PreparedStepTime:
             if host > seconds:
                 return host
         return seconds
+
+    def _leaves_range(self, batch: Batch) -> bool:
+        """Whether the batch lies outside the calibration's range; counts the keys it leaves."""
+        chunk: i64 = 0
+        prefix: i64 = 0
+        for chunk_tokens, context_tokens in batch.prefills:
+            chunk, prefix = max(chunk, chunk_tokens), max(prefix, context_tokens)
+        outside = batch.tokens > self._max_tokens or batch.decode_seqs > self._max_rows
+        outside = outside or batch.decode_context_max > self._max_context
+        if not outside and chunk <= self._max_chunk and prefix <= self._max_prefix:
+            return False
+        left = set()
+        if batch.tokens > self._max_tokens:
+            left.add("tokens")
+        if batch.decode_seqs > self._max_rows:
+            left.add("decode_seqs")
+        if batch.decode_context_max > self._max_context:
+            left.add("context_tokens")
+        if chunk > self._max_chunk:
+            left.add(self._chunk_key)
+        if prefix > self._max_prefix:
+            left.add(self._prefix_key)
+        for key in left:
+            self._count(key)
+        return True
+
+    def _at_edge(self, batch: Batch) -> Batch:
+        """The nearest batch inside the calibration's range."""
+        rows = min(batch.decode_seqs, self._max_rows)
+        gone = batch.decode_seqs - rows
+        longest = min(batch.decode_context_max, self._max_context)
+        total = min(batch.decode_context_tokens * rows // max(1, batch.decode_seqs), rows * longest)
+        prefills = [(min(c, self._max_chunk), min(p, self._max_prefix)) for c, p in batch.prefills]
+        dropped = gone + sum(c for c, _ in batch.prefills) - sum(c for c, _ in prefills)
+        tokens = min(batch.tokens - dropped, self._max_tokens)
+        return Batch(tokens, rows, total, longest, prefills, batch.sampled_seqs - gone)
 
     def _attention_s(self, rows: i64, context: float) -> float:
         """Seconds of decode attention of `rows` sequences of `context` tokens (piecewise linear)."""
@@ -299,21 +353,38 @@ class PreparedStepTime:
         """Seconds of each of `steps` pure decode steps, shape (steps,); equals `step_s` on each."""
         step = np.arange(steps, dtype=float)
         total, longest = context_tokens + step * decode_seqs, context_max + step
-        fixed = self._tokens[decode_seqs] + self._sampled[decode_seqs] + self._decode[decode_seqs]
+        seconds = self._run_seconds(decode_seqs, total, longest)
+        edge_context = float(self._max_context)
+        over = int((longest > edge_context).sum())
+        for key, times in (
+            ("tokens", steps * (decode_seqs > self._max_tokens)),
+            ("decode_seqs", steps * (decode_seqs > self._max_rows)),
+            ("context_tokens", over),
+        ):
+            if times:
+                self._count(key, times)
+        if self._beyond_factor == 1.0 or not (over or decode_seqs > self._max_rows):
+            return seconds
+        rows = min(decode_seqs, self._max_rows)
+        nearer = np.minimum(longest, edge_context)
+        edge = self._run_seconds(rows, np.minimum(total * rows // decode_seqs, rows * nearer), nearer)
+        widened: FloatArray = edge + (seconds - edge) * self._beyond_factor
+        return widened
+
+    def _run_seconds(self, rows: int, total: FloatArray, longest: FloatArray) -> FloatArray:
+        """Seconds of decode steps of `rows` sequences with these sums and maxima of contexts."""
+        fixed = self._tokens[rows] + self._sampled[rows] + self._decode[rows]
         seconds: FloatArray = fixed + self._decode_context_s * total
         if self._width:
-            mean = total / decode_seqs
-            level = self._attention(decode_seqs, mean)
-            excess = np.where(longest > mean, self._attention(decode_seqs, longest) - level, 0.0)
-            seconds = seconds + level + self._skew[decode_seqs] * excess
-            over = int((longest > self._max_context).sum())
-            if over:
-                self._count("context_tokens", over)
+            mean = total / rows
+            level = self._attention(rows, mean)
+            excess = np.where(longest > mean, self._attention(rows, longest) - level, 0.0)
+            seconds = seconds + level + self._skew[rows] * excess
         if self._skew_tokens_s:
-            seconds = seconds + self._skew_tokens_s * np.maximum(0.0, decode_seqs * longest - total)
+            seconds = seconds + self._skew_tokens_s * np.maximum(0.0, rows * longest - total)
         if self._has_host:
-            by_rows = self._host_sampled[decode_seqs] + self._host_decode[decode_seqs]
-            seconds = np.maximum(seconds, self._host_tokens[decode_seqs] + by_rows)
+            by_rows = self._host_sampled[rows] + self._host_decode[rows]
+            seconds = np.maximum(seconds, self._host_tokens[rows] + by_rows)
         return seconds
 
     def _attention(self, rows: int, contexts: FloatArray) -> FloatArray:
@@ -369,8 +440,6 @@ def _curves(
     max_tokens: int,
     max_seqs: int,
     graphs: Sequence[int],
-    valid_tokens: int,
-    factor: float,
 ) -> tuple[vec[float], vec[float], vec[float], float, float]:
     """Fold all terms that depend on one integer into rows of numbers.
 
@@ -398,9 +467,6 @@ def _curves(
         elif feature in ("sampled_seqs", "decode_seqs"):
             target = by_sampled if feature == "sampled_seqs" else by_decode
             target += coefficient * segment(seqs, term.get("low"), term.get("high"))
-    if valid_tokens < max_tokens:
-        edge = by_tokens[valid_tokens]
-        by_tokens[valid_tokens:] = edge + (by_tokens[valid_tokens:] - edge) * factor
     by_tokens += scalar["step"]
     return (
         vec[float](by_tokens.tolist()),

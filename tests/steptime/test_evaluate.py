@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from ersim.config import EngineSettings, ExpertConfig
 from ersim.steptime import build_expert_model
-from ersim.steptime.evaluate import SharedStepTime, graph_sizes, padded_tokens
+from ersim.steptime.evaluate import PreparedStepTime, SharedStepTime, graph_sizes, padded_tokens
 from ersim.types import Batch
 
 EXPERTS = {
@@ -140,6 +141,76 @@ def test_beyond_the_range_is_counted_and_wider():
     draws = [model.step_time(np.random.default_rng(seed)) for seed in range(40)]
     spread = [np.std([d.step_s(b) for d in draws]) / mean.step_s(b) for b in (inside, outside)]
     assert spread[1] > 1.2 * spread[0]
+
+
+def _narrow(config: ExpertConfig, valid):
+    """An expert that may run more than its calibration covers, told to cover `valid`."""
+    engine = EngineSettings(
+        max_model_len=60_000, max_num_seqs=400, max_num_batched_tokens=8192, kv_blocks=10**6
+    )
+    model = build_expert_model(dataclasses.replace(config, engine=engine), "expert")
+    return dataclasses.replace(model, calibration=dataclasses.replace(model.calibration, valid=valid))
+
+
+PREFILL_KEYS = {"prefill_chunk_tokens": (1, 512), "prefill_context_tokens": (0, 4096)}
+RANGE = {"tokens": (1, 2048), "decode_seqs": (1, 64), "context_tokens": (0, 8192)}
+
+
+@pytest.mark.parametrize("prefill_keys", [False, True])
+@pytest.mark.parametrize("name", ["tables", "tables, FlashAttention 2", "profile", "linear"])
+@pytest.mark.parametrize(
+    ("key", "batch"),
+    [
+        ("tokens", Batch(4096, 0, 0, 0, [(512, 0)] * 8, 8)),
+        ("decode_seqs", _decode(300, 300 * 500, 500)),
+        ("context_tokens", _decode(8, 8 * 40_000, 40_000)),
+        ("context_tokens", _decode(8, 8 * 4000, 20_000)),
+        ("context_tokens", Batch(520, 8, 8 * 40_000, 40_000, [(512, 0)], 9)),
+        ("prefill_context_tokens", Batch(512, 0, 0, 0, [(512, 40_000)], 1)),
+        ("prefill_chunk_tokens", Batch(4096, 0, 0, 0, [(4096, 0)], 1)),
+    ],
+)
+def test_whatever_lies_beyond_the_range_is_counted_and_widened(name, prefill_keys, key, batch):
+    """Draws differ in how much longer than at the range's edge a step takes, whichever way it is left."""
+    valid = RANGE | (PREFILL_KEYS if prefill_keys else {})
+    key = key if key in valid else {"prefill_context_tokens": "context_tokens"}.get(key, "tokens")
+    model = _linear_model(valid) if name == "linear" else _narrow(EXPERTS[name], valid)
+    plain, wide = (_with_factor(model, factor) for factor in (1.0, 1.5))
+    inside = plain.step_s(plain._at_edge(batch))
+    assert plain.beyond == {}
+    seconds = plain.step_s(batch)
+    assert plain.beyond.get(key) == 1
+    assert wide.step_s(batch) - inside == pytest.approx(1.5 * (seconds - inside), rel=1e-9)
+    assert seconds > inside
+    if not batch.prefills:
+        run = batch.decode_seqs, batch.decode_context_tokens, batch.decode_context_max
+        assert wide.decode_run_s(*run, 1)[0] == pytest.approx(wide.step_s(batch), rel=1e-12)
+        assert wide.beyond[key] == 3  # two steps and a run of one
+
+
+def _with_factor(model, factor):
+    return PreparedStepTime(
+        model.calibration,
+        np.asarray(model.calibration.theta),
+        max_tokens=8192,
+        max_seqs=400,
+        max_context=60_000,
+        graphs=graph_sizes(400),
+        asynchronous=True,
+        beyond_factor=factor,
+    )
+
+
+def _linear_model(valid):
+    """As fitted to recorded steps: every feature of a batch has its price, and nothing is tabulated."""
+    names = ("step", "tokens", "sampled_seqs", "decode_context_tokens", "decode_skew_tokens", "prefill_pairs")
+    names += ("prefill_context_tokens",)
+    theta = (1e-3, 1e-5, 1e-5, 1e-8, 1e-9, 1e-10, 1e-9)
+    terms = tuple({"kind": "linear", "feature": n, "side": "gpu", "label": n} for n in names)
+    covariance = tuple(map(tuple, (np.diag(theta) ** 2 * 0.01).tolist()))
+    model = _narrow(EXPERTS["tables"], valid)
+    calibration = dataclasses.replace(model.calibration, terms=terms, theta=theta, covariance=covariance)
+    return dataclasses.replace(model, calibration=calibration)
 
 
 @pytest.mark.parametrize("name", MODELS)
