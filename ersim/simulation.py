@@ -234,6 +234,7 @@ def _identities(config: SimulationConfig, experts: Sequence[ExpertModel]) -> dic
             "name": calibration.name,
             "source": calibration.source,
             "calibrated": calibration.calibrated,
+            "derived": calibration.derived,
             "vllm_version": calibration.vllm_version,
             "digest": calibration.digest,
             "warnings": list(calibration.warnings),
@@ -256,7 +257,7 @@ def _excursions(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _doubtful_intervals(config: SimulationConfig, summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What to know about intervals of too few replications, and of a cap that was reached."""
     wanted, count = config.uncertainty, len(summaries)
-    if 1 < count < FEW_REPLICATIONS:
+    if count < FEW_REPLICATIONS:
         yield f"intervals: {interval_method(count, wanted.level)}"
     if str(wanted.replications) != "auto" or _is_precise(config, summaries):
         return

@@ -171,6 +171,21 @@ def _extended(tokens: FloatArray, seconds: FloatArray) -> tuple[FloatArray, Floa
     return np.append(tokens, far), np.append(seconds, seconds[-1] + slope * (far - tokens[-1]))
 
 
+def _longer_contexts(
+    rows: list[int], contexts: list[int], times: FloatArray, kv_us: float
+) -> tuple[list[int], FloatArray]:
+    """The decode table (rows x contexts, us) with one context more, at EXTENSION times the longest.
+
+    The last slope goes on, but no faster than the KV cache can be read: kv_us a token, and 5 % above that,
+    since coefficients below one are put on it.
+    """
+    slope = (times[:, -1] - times[:, -2]) / (contexts[-1] - contexts[-2])
+    least = 1.05 * kv_us * np.asarray(rows, dtype=float)
+    far = EXTENSION * contexts[-1]
+    added = times[:, -1] + np.maximum(slope, least) * (far - contexts[-1])
+    return [*contexts, far], np.column_stack([times, added])
+
+
 def _longer_chunks(rows: list[int], contexts: list[int], times: FloatArray) -> tuple[list[int], FloatArray]:
     """The prefill table (rows x contexts, us) with chunks beyond the profiled ones.
 
@@ -198,6 +213,8 @@ def gpu_terms(profile: LayerProfile, model: ModelSpec, gpu: GpuSpec) -> list[dic
     terms.append({"kind": "sampled", "side": "gpu", "label": "LM head and sampler", **sampled})
     decode = attention[(attention.prefill_chunk == 0) & (attention.n_decode > 0)]
     rows, contexts, times = _grid(decode, "n_decode", "kv_decode")
+    kv_us = 1e6 * model.kv_bytes_per_token(profile.tp) / layers / gpu.bandwidth_bytes_s
+    contexts, times = _longer_contexts(rows, contexts, times, kv_us)
     mixed, _ = fit_mixed(attention)
     scaled = {name: float(f"{value * layers:.4g}") for name, value in mixed.items()}
     terms.append(

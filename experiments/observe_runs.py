@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ersim.config import ExpertConfig
+from ersim.errors import DataError
 from ersim.steptime import ExpertModel, build_expert_model, load, load_gpu, load_model
 from ersim.steptime.calibration import Calibration, resolve
 from ersim.steptime.evaluate import PreparedStepTime
@@ -146,8 +148,37 @@ def observe(case: Case, group: str, prior: Overheads) -> Observation | None:
         if name == "decode attention" and expert.engine.kv_cache_dtype == "fp8":
             name = "decode attention fp8 KV"
         parts[name] = parts.get(name, 0.0) + float(share) * predicted
-    within_ms = case.known_within_ms
-    return Observation(case.run, fold(case), calibration.name, measured, parts, case.kind, within_ms)
+    return Observation(
+        case.run,
+        fold(case),
+        calibration.name,
+        measured,
+        parts,
+        case.kind,
+        case.known_within_ms,
+        made_with(calibration, prior),
+    )
+
+
+def made_with(calibration: Calibration, prior: Overheads) -> str:
+    """A digest of what an observation's parts hang on: the prior's means and the calibration's terms."""
+    terms = [{**term, "fp8_scale": None} for term in calibration.terms]  # that one is itself corrected
+    hung_on = [list(prior.names), prior.mean.tolist(), terms]
+    return sha256(json.dumps(hung_on, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def kept_rows(observed: Collection[str], prior: Overheads) -> list[Observation]:
+    """The rows at hand of runs that were not observed now; DataError when they hang on other terms."""
+    kept = [row for row in load_observations() if row.run not in observed]
+    for name in dict.fromkeys(row.calibration for row in kept):
+        now = made_with(load(resolve(name, "observation")), prior)
+        stale = sorted({row.run for row in kept if row.calibration == name and row.made_with != now})
+        if stale:
+            raise DataError(
+                f"{', '.join(stale)}: observed with other prior means or terms of {name}; give a folder that "
+                "holds these runs too (docs/accuracy.md says where they are from), or take their rows out"
+            )
+    return kept
 
 
 def fold(case: Case) -> str:
@@ -170,7 +201,10 @@ def main() -> None:
                 error = sum(row.parts_ms.values()) / row.tpot_ms - 1
                 print(f"{case.run:36} {case.row:24} {group:4} prior error {100 * error:+6.1f} %", flush=True)
     observed = {row.run for row in rows}
-    kept = [row for row in load_observations() if row.run not in observed]
+    try:
+        kept = kept_rows(observed, prior)
+    except DataError as error:
+        raise SystemExit(f"observe_runs: nothing written: {error}") from None
     for run in dict.fromkeys(row.run for row in kept):
         print(f"{run:36} is not in {folder}: kept as it was")
     save_observations([*rows, *kept])

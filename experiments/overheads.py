@@ -42,7 +42,8 @@ class Observation:
     """One measured TPOT and what each parameter contributes to it at its prior mean, milliseconds.
 
     calibration: the name of the one whose step times were simulated. kind: of run, as run.yaml has it.
-    known_within_ms: how exactly the TPOT was published.
+    known_within_ms: how exactly the TPOT was published. made_with: digest of the prior and the terms that
+    the parts were taken at.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Observation:
     parts_ms: Mapping[str, float]
     kind: str = "per_request"
     known_within_ms: float = 5.1e-5
+    made_with: str = ""
 
     @property
     def gpu_share(self) -> float:
@@ -133,7 +135,7 @@ def save_observations(rows: Sequence[Observation], path: Path = OBSERVATIONS_FIL
         parts = {name: float(f"{value:.4g}") for name, value in row.parts_ms.items() if value > 0}
         record: dict[str, Any] = {"run": row.run, "group": row.group, "calibration": row.calibration}
         record |= {"kind": row.kind, "tpot_ms": round(row.tpot_ms, 4)}
-        record |= {"known_within_ms": row.known_within_ms, "parts_ms": parts}
+        record |= {"known_within_ms": row.known_within_ms, "made_with": row.made_with, "parts_ms": parts}
         lines.append(f"  - {json.dumps(record)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

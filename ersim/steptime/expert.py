@@ -128,7 +128,8 @@ def build_expert_model(expert: ExpertConfig, key: str) -> ExpertModel:
     check_tensor_parallel(model, expert.tp, key)
     chosen = named or _choose(expert, model, gpu, precision)
     engine = _resolve_engine(expert, model, gpu, chosen, precision, key)
-    chosen = dataclasses.replace(chosen, warnings=chosen.warnings + _range_warnings(chosen, engine))
+    said = _derivation_warning(chosen) + _range_warnings(chosen, engine)
+    chosen = dataclasses.replace(chosen, warnings=chosen.warnings + said)
     price = _usd_per_gpu_hour(expert, None if gpu is None else gpu.name)
     return ExpertModel(model, gpu, engine, chosen, None if price is None else price * expert.tp, expert.tp)
 
@@ -255,6 +256,13 @@ def _recorded_blocks(
         asked = {"block_size": block}
     same = all(chosen.engine.get(name, value) == value for name, value in asked.items())
     return chosen.kv_blocks if same else None
+
+
+def _derivation_warning(chosen: Calibration) -> tuple[str, ...]:
+    """That a calibration's own precision or TP was not measured, and what it was derived from."""
+    if chosen.derived is None or not chosen.calibrated:  # what is uncalibrated has said so itself
+        return ()
+    return (f"derived, not measured itself: {chosen.name} ({chosen.derived}); with a wider interval",)
 
 
 def _range_warnings(chosen: Calibration, engine: ResolvedEngine) -> tuple[str, ...]:

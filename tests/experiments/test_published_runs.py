@@ -11,8 +11,8 @@ import yaml
 
 from ersim.errors import DataError
 from experiments import validate_published
-from experiments.observe_runs import fold
-from experiments.overheads import load_observations
+from experiments.observe_runs import fold, kept_rows
+from experiments.overheads import load_observations, load_prior
 from experiments.published_names import (
     engine_fields,
     engine_settings,
@@ -25,7 +25,6 @@ from experiments.published_runs import make_workload, metric_name, read_runs, re
 from experiments.published_workloads import PooledUsers
 from experiments.simulate_published import taken_in_s
 from experiments.validate_published import (
-    SEEN,
     Comparison,
     Options,
     _is_of,
@@ -229,17 +228,35 @@ def test_a_judged_run_never_saw_itself_under_any_folder_name(runs):
     """Leave-one-run-out goes by what was measured, not by what the folder is called."""
     known = next(row for row in load_observations() if row.run.startswith("h200"))
     (case, *_) = read_runs(runs / "closed")
-    there = dataclasses.replace(case, expert=dataclasses.replace(case.expert, gpu="h200-141gb"))
-    renamed = dataclasses.replace(there, measured={"": {"mean_tpot_ms": known.tpot_ms * (1 + 1e-6)}})
+
+    def of(row, tpot_ms):
+        gpu, name = row.calibration.split("/")
+        model, precision, tp, _ = name.split("_")
+        same = {"gpu": gpu, "model": model, "precision": precision, "tp": int(tp.removeprefix("tp"))}
+        expert = dataclasses.replace(case.expert, **same)
+        return dataclasses.replace(case, expert=expert, measured={"": {"mean_tpot_ms": tpot_ms}})
+
+    renamed = of(known, known.tpot_ms * (1 + 1e-6))
     assert not any(_is_of(row, case, False) for row in load_observations())
     assert _is_of(known, renamed, False)
     assert not _is_of(known, dataclasses.replace(renamed, expert=case.expert), False)  # another GPU
-    rounded = next(row for row in load_observations() if row.known_within_ms > 0.01)
-    gpu = rounded.calibration.split("/")[0]
-    exact = {"": {"mean_tpot_ms": rounded.tpot_ms + 0.8 * rounded.known_within_ms}}
-    own = dataclasses.replace(case, expert=dataclasses.replace(case.expert, gpu=gpu), measured=exact)
-    assert _is_of(rounded, own, False)  # known to fewer digits than a folder of the same run may hold
     assert _is_of(known, dataclasses.replace(case, run=known.run), True)
+    one_digit = next(row for row in load_observations() if row.run == "rtx4090_llama3.1-8b_tp1")
+    assert _is_of(one_digit, of(one_digit, round(one_digit.tpot_ms, 1)), False)  # a copy that was rounded
+    rounded = next(row for row in load_observations() if row.known_within_ms > 0.01)
+    assert _is_of(rounded, of(rounded, rounded.tpot_ms + 0.8 * rounded.known_within_ms), False)
+    assert not _is_of(rounded, of(rounded, 1.01 * rounded.tpot_ms), False)
+
+
+def test_rows_that_hang_on_other_terms_are_not_kept():
+    prior, rows = load_prior(), load_observations()
+    assert kept_rows({row.run for row in rows}, prior) == []
+    assert len(kept_rows((), prior)) == len(rows)
+    moved = dataclasses.replace(prior, mean=1.1 * prior.mean)
+    with pytest.raises(
+        DataError, match=r"rtx4090_llama3\.1-8b_tp1.*observed with other prior means or terms"
+    ):
+        kept_rows({row.run for row in rows if "rtx4090" not in row.run}, moved)
 
 
 def test_another_gpus_calibration_is_carried_over_when_asked(runs):
@@ -304,12 +321,14 @@ def test_recorded_kv_blocks_are_predicted_as_well(runs):
 def test_a_run_that_was_looked_at_is_said_to_be_not_blind_under_any_name(runs):
     _, single, _ = read_runs(runs)
     assert not any("NOT BLIND" in note for note in notes_of([single]))
-    seen = next(row for row in load_observations() if row.run in SEEN)
-    expert = dataclasses.replace(single.expert, gpu=seen.calibration.split("/")[0])
+    seen = next(row for row in load_observations() if row.run == "rtx4090_llama3.1-8b_tp1")
+    expert = dataclasses.replace(single.expert, gpu="rtx4090", model="llama3.1-8b", precision="bf16", tp=1)
     measured = {"": {"mean_tpot_ms": seen.tpot_ms}}
     copy = dataclasses.replace(single, run="copy", expert=expert, measured=measured)
     assert any(note.startswith("copy is NOT BLIND") for note in notes_of([copy]))
     assert any("NOT BLIND" in note for note in notes_of([dataclasses.replace(single, run=seen.run)]))
+    taught = next(note for note in notes_of([copy]) if note.startswith("copy: coefficients fitted on"))
+    assert "rtx4090_llama3.1-8b_tp1_earlier" in taught and "rtx4090_llama3.1-8b_tp1," not in taught
 
 
 def test_requests_are_taken_in_between_steps():

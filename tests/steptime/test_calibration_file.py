@@ -102,6 +102,12 @@ def test_auto_takes_measurements_first_and_labels_a_roofline():
     assert "uncalibrated" in roofline.warnings[0]
 
 
+def test_a_derived_calibration_says_so():
+    warnings = build_expert_model(ExpertConfig(precision="int4"), "expert").calibration.warnings
+    assert any("derived, not measured itself: h100-80gb/llama3.1-8b_int4_tp1_tables" in w for w in warnings)
+    assert not build_expert_model(ExpertConfig(), "expert").calibration.warnings
+
+
 def test_settings_beyond_the_range_warn():
     engine = EngineSettings(max_num_batched_tokens=16_384)
     warnings = build_expert_model(ExpertConfig(gpu="a100-80gb", engine=engine), "expert").calibration.warnings

@@ -20,7 +20,7 @@ def _expert(path):
         tp=calibration.tp,
         calibration=str(path),
         engine=EngineSettings(
-            max_num_seqs=256, max_num_batched_tokens=8192, kv_blocks=10_000, max_model_len=32_768
+            max_num_seqs=256, max_num_batched_tokens=16_384, kv_blocks=10_000, max_model_len=131_072
         ),
     )
     return build_expert_model(config, "expert"), calibration
@@ -37,7 +37,8 @@ def test_prefill_never_beats_peak_flops(path):
     # Weight-only precisions compute in bf16; A100 has no fp8 cores.
     peak = gpu.flops["bf16"] if calibration.precision == "int4" else gpu.peak_flops(calibration.precision)
     time = expert.step_time(None)
-    for chunk, context in (*((c, 0) for c in (256, 1024, 2048, 3000, 8192)), (2048, 8192), (512, 16_384)):
+    chunks = ((c, 0) for c in (256, 1024, 2048, 3000, 8192, 16_384))
+    for chunk, context in (*chunks, (2048, 8192), (512, 16_384), (8192, 32_768), (2048, 120_000)):
         step = time.step_s(Batch(chunk, 0, 0, 0, [(chunk, context)], 0))
         linear = chunk * model.linear_flops_per_token(tp) / peak
         attention = model.attention_flops(chunk, context, tp) / gpu.flops["bf16"]
@@ -50,7 +51,10 @@ def test_decode_never_beats_bandwidth(path):
     model, gpu, tp = load_model(calibration.model), load_gpu(calibration.gpu), calibration.tp
     weights = model.weight_bytes(calibration.precision, tp) - 2.0 * model.embedding_params / 2 / tp
     time = expert.step_time(None)
-    for rows, context in ((1, 128), (1, 16_384), (16, 2048), (64, 4096), (256, 1024)):
+    for rows, context in (
+        *((1, c) for c in (128, 16_384, 32_768, 131_000)),
+        *((16, 2048), (16, 32_768), (64, 4096), (256, 1024), (32, 16_384)),
+    ):
         step = time.step_s(Batch(rows, rows, rows * context, context, [], rows))
         read = weights + rows * context * model.kv_bytes_per_token(tp)
         assert step >= read / gpu.bandwidth_bytes_s, (rows, context)
