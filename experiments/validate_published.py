@@ -231,7 +231,7 @@ def predict(case: Case, options: Options = Options()) -> list[Comparison]:
     return [
         _compare(
             case,
-            (group, metric, PEERS.get((known, metric), "")),
+            (group, metric, "" if case.variant else PEERS.get((known, metric), "")),
             value,
             [one[metric] for one in middles[group]],
             [one[metric] for one in draws[group]],
