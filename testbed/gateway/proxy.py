@@ -28,6 +28,7 @@ HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
      "transfer-encoding", "upgrade", "host", "content-length", "expect")
 )  # fmt: skip
+CLIENTS_OWN = ("Accept", "Accept-Encoding", "User-Agent")  # the client's, or none: never the gateway's
 FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
@@ -166,7 +167,9 @@ class Proxy:
         raise last or BrokenAttempt("no_replica", "no attempt was left")
 
     def _upstream_headers(self, request: web.Request, exchange: Exchange) -> dict[str, str]:
-        dropped = HOP_BY_HOP | ({"authorization"} if self._settings.api_keys else frozenset())
+        dropped = HOP_BY_HOP | {"content-encoding"}  # the body was decoded when it was read
+        if self._settings.api_keys:
+            dropped |= {"authorization"}
         headers = {key: value for key, value in request.headers.items() if key.lower() not in dropped}
         headers["X-Request-Id"] = exchange.request_id
         return headers
@@ -190,8 +193,10 @@ class Proxy:
                     replica.url + exchange.path,
                     data=self._payload(exchange, expert),
                     headers=self._upstream_headers(request, exchange),
+                    skip_auto_headers=CLIENTS_OWN,
                 ) as upstream:
                     data = await self._first_bytes(upstream)
+                    limit.reschedule(loop.time() + self._settings.idle_timeout_s)
                     exchange.first_in_s = exchange.last_in_s = time.monotonic()
                     response = self._response(upstream, exchange, expert, replica)
                     began = True
@@ -241,10 +246,14 @@ class Proxy:
         return response
 
     def _broken(self, replica: Replica, error: BaseException) -> BrokenAttempt:
-        """Name a failure before the first byte; who refuses connections is down until its health returns."""
+        """Name a failure before the first byte; who refuses connections is down until its health returns.
+
+        A connection that ends is no such sign: servers close those that have been idle.
+        """
         if isinstance(error, asyncio.TimeoutError):
             return BrokenAttempt("timeout", "no answer in time")
-        replica.healthy, replica.fails = False, FAILS_DOWN
+        if isinstance(error, aiohttp.ClientConnectorError):
+            replica.healthy, replica.fails = False, FAILS_DOWN
         return BrokenAttempt("connect", f"{type(error).__name__}: {error}"[:160])
 
     def _cut(

@@ -92,6 +92,8 @@ def check(settings: GatewaySettings) -> None:
             raise bad_value(f"gateway.{name}", "> 0", getattr(settings, name))
     if settings.queue_limit < 0:
         raise bad_value("gateway.queue_limit", ">= 0", settings.queue_limit)
+    if not all(settings.api_keys):
+        raise bad_value("gateway.api_keys", "keys that are not empty", settings.api_keys)
     if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.api_keys:
         raise bad_value("gateway.host", "a loopback address unless api_keys are set", settings.host)
 

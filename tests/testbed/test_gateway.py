@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import pytest
 
 from ersim.errors import ConfigError
+from testbed.gateway.app import KEEP_IDLE_S
 from testbed.gateway.query import routing_query
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings, check
 from testbed.gateway.upstreams import Expert
@@ -54,7 +59,7 @@ async def test_an_expert_can_be_asked_by_name_and_unknown_models_are_404(make_ga
     assert status == 404 and "nobody" in json.loads(data)["error"]["message"]
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b'"text"'])
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b'"text"', b"[" * 200_000])
 async def test_bad_bodies_are_400(make_gateway: Any, raw: bytes) -> None:
     status, data, _ = await post(await make_gateway(), raw)
     assert status == 400 and json.loads(data)["error"]["type"] == "invalid_request_error"
@@ -245,6 +250,103 @@ async def test_first_byte_time_out_is_504(make_gateway: Any) -> None:
     assert status == 504
 
 
+async def test_from_the_first_byte_on_the_idle_limit_counts(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, first_byte_timeout_s=0.4, idle_timeout_s=5.0)
+    status, data, _ = await post(setup, {**BODY, "max_tokens": 4, "pace_s": 0.2})
+    assert status == 200 and data.endswith(b"data: [DONE]\n\n"), "0.8 s in all, 0.2 s to each piece"
+    setup = await make_gateway(experts=1, first_byte_timeout_s=60.0, idle_timeout_s=0.2)
+    began_s = time.monotonic()
+    with pytest.raises(aiohttp.ClientError):
+        await post(setup, {**BODY, "pace_s": 0.5})
+    assert time.monotonic() - began_s < 2.0
+    assert counted(setup, "errors", "e0", "mid_stream") == 1
+
+
+async def test_a_client_that_leaves_while_another_expert_is_asked_leaves_nothing_behind(
+    make_gateway: Any,
+) -> None:
+    setup = await make_gateway(policy="fixed")
+    setup.stubs[0].refuses = 500
+    leaver = asyncio.create_task(post(setup, {**BODY, "pace_s": 5.0}))
+    await asyncio.sleep(0.3)
+    fleet = setup.gateway.fleet
+    assert [replica.in_flight for replica in fleet.replicas] == [0, 1]
+    assert [expert._free for expert in fleet.experts] == [64, 63], "the first expert's slot is free again"
+    leaver.cancel()
+    await asyncio.sleep(0.3)
+    assert [replica.in_flight for replica in fleet.replicas] == [0, 0]
+    assert [expert._free for expert in fleet.experts] == [64, 64]
+    assert counted(setup, "errors", "e1", "client_gone") == 1
+
+
+async def test_failover_into_a_full_queue_is_429_and_gives_every_slot_back(make_gateway: Any) -> None:
+    setup = await make_gateway(policy="fixed", slots=1, queue_limit=0)
+    setup.stubs[0].refuses = 500
+    slow = asyncio.create_task(post(setup, {**BODY, "model": "e1", "pace_s": 0.1}))
+    await asyncio.sleep(0.1)
+    status, _, headers = await post(setup, BODY)
+    assert status == 429 and headers["Retry-After"] == "1" and headers["X-Ersim-Expert"] == "e1"
+    assert (await slow)[0] == 200
+    assert [expert._free for expert in setup.gateway.fleet.experts] == [1, 1]
+
+
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def bare_server(setup: Any, answer: Answer) -> AsyncIterator[None]:
+    """A server of plain sockets in place of the first replica."""
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    setup.gateway.fleet.replicas[0].url = f"http://127.0.0.1:{port}"
+    try:
+        yield
+    finally:
+        server.close()
+
+
+async def test_a_closed_idle_connection_does_not_mark_a_replica_as_down(make_gateway: Any) -> None:
+    setup = await make_gateway(policy="fixed", health_period_s=30.0)
+    await asyncio.sleep(0.1)
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await reader.read(1)  # the next request is under way when the connection ends
+        writer.close()
+
+    async with bare_server(setup, answer_once):
+        seen = [(await post(setup, BODY))[2]["X-Ersim-Expert"] for _ in range(3)]
+    assert seen == ["e0", "e1", "e0"]
+    assert KEEP_IDLE_S < 5.0, "vLLM's own limit, so that this is rare"
+
+
+async def test_the_expert_sees_the_clients_headers_and_no_others(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, health_period_s=30.0)
+    await asyncio.sleep(0.1)
+    seen: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append((await reader.readuntil(b"\r\n\r\n")).lower())
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        writer.close()
+
+    none = ("Accept", "Accept-Encoding", "User-Agent")
+    async with bare_server(setup, answer):
+        await post(setup, BODY, skip_auto_headers=none)
+        await post(setup, BODY, headers={"X-Trace": "7", "Accept-Encoding": "br"})
+    assert b"accept" not in seen[0] and b"user-agent" not in seen[0], "a body asked for plain stays plain"
+    assert b"x-trace: 7\r\n" in seen[1] and b"accept-encoding: br\r\n" in seen[1]
+
+
+async def test_a_compressed_request_reaches_the_expert_decoded(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1)
+    setup.stubs[0].keep_bodies = True
+    raw = json.dumps(BODY).encode()
+    assert (await post(setup, gzip.compress(raw), headers={"Content-Encoding": "gzip"}))[0] == 200
+    assert setup.stubs[0].bodies == [raw]
+
+
 async def test_keys_are_asked_for_and_not_passed_on(make_gateway: Any) -> None:
     setup = await make_gateway(api_keys=["secret"])
     assert (await post(setup, BODY))[0] == 401
@@ -252,6 +354,27 @@ async def test_keys_are_asked_for_and_not_passed_on(make_gateway: Any) -> None:
     assert (await post(setup, BODY, headers={"Authorization": "Bearer secret"}))[0] == 200
     async with setup.session.get(setup.url + "/health") as answer:
         assert answer.status == 200
+    place = setup.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(*place)
+    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+    assert b" 401 " in await reader.readline(), "a key may be any bytes"
+    writer.close()
+
+
+async def test_keys_do_not_go_to_the_experts_but_without_keys_the_clients_do(make_gateway: Any) -> None:
+    seen: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append((await reader.readuntil(b"\r\n\r\n")).lower())
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        writer.close()
+
+    for keys in (["secret"], []):
+        setup = await make_gateway(experts=1, health_period_s=30.0, api_keys=keys)
+        await asyncio.sleep(0.1)
+        async with bare_server(setup, answer):
+            await post(setup, BODY, headers={"Authorization": "Bearer secret"})
+    assert b"authorization" not in seen[0] and b"authorization: bearer secret" in seen[1]
 
 
 async def test_metrics_and_models(make_gateway: Any) -> None:
@@ -293,8 +416,15 @@ def test_the_router_reads_text_and_nothing_else(body: dict[str, Any], text: str)
     assert routing_query(body).text == text
 
 
+async def test_a_setting_that_no_policy_can_have_is_400(make_gateway: Any) -> None:
+    status, data, _ = await post(await make_gateway(), b'{"self": 1}', "/policy")
+    assert status == 400 and json.loads(data)["error"]["type"] == "invalid_request_error"
+
+
 def test_a_public_address_needs_keys() -> None:
     endpoint = ExpertEndpoint("e", ["http://127.0.0.1:1"])
+    with pytest.raises(ConfigError, match="api_keys must be keys that are not empty"):
+        check(GatewaySettings(experts=[endpoint], policy_path="p", host="0.0.0.0", api_keys=[""]))
     with pytest.raises(ConfigError, match="loopback"):
         check(GatewaySettings(experts=[endpoint], policy_path="p", host="0.0.0.0"))
 
