@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import os
 import signal
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +64,22 @@ class ServerSpec:
     def steps_path(self) -> Path:
         """Where the recorder writes."""
         return self.folder / f"{self.name}.steps.jsonl"
+
+
+def with_project(base: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which `python -m testbed...` is found from any working directory."""
+    paths = [str(ROOT), base.get("PYTHONPATH", "")]
+    return {**base, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def answers(url: str) -> bool:
+    """Whether GET answers 200 within two seconds; never by way of a proxy that the environment names."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def free_port() -> int:
@@ -164,10 +180,8 @@ def server_command(spec: ServerSpec) -> list[str]:
 
 def server_environment(spec: ServerSpec, base: Mapping[str, str]) -> dict[str, str]:
     """The server's environment: offline unless a hub id is served, bound to its cores or GPUs."""
-    paths = [str(ROOT), base.get("PYTHONPATH", "")]
     environment = {
-        **base,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        **with_project(base),
         "ERSIM_STEP_LOG": str(spec.steps_path),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -216,7 +230,6 @@ class ExpertServer:
                 stdin=subprocess.PIPE,  # its end tells the supervisor that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=ROOT,
                 env=server_environment(self.spec, os.environ),
                 start_new_session=True,
             )
@@ -237,11 +250,7 @@ class ExpertServer:
 
     def healthy(self) -> bool:
         """Whether GET /health answers 200 now."""
-        try:
-            with urllib.request.urlopen(f"{self.spec.url}/health", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError):
-            return False
+        return answers(f"{self.spec.url}/health")
 
     def check_alive(self) -> None:
         """Raise ExpertFailed if the process has ended."""

@@ -142,7 +142,8 @@ class Client:
         record.replica = int(answer.headers.get(REPLICA_HEADER, "0"))
         if answer.status != 200:
             record.status = REJECTED if answer.status in (400, 413, 429) else FAILED
-            record.error = f"HTTP {answer.status}: {(await answer.text())[:160]}"
+            text = await answer.text(errors="replace")
+            record.error = f"HTTP {answer.status}: {text[:160]}"
             return
         stream = TokenStream()
         async for data in answer.content.iter_any():
@@ -203,7 +204,10 @@ class LoadRun:
 
     async def _stop(self, task: asyncio.Future[None]) -> None:
         if task.done():
-            task.result()  # an exception in a user is ours: show it
+            try:
+                task.result()  # an exception in a user is ours: show it
+            except ExceptionGroup as several:
+                raise several.exceptions[0] from None
             return
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -219,7 +223,9 @@ class LoadRun:
             self._full.set()
 
     async def _closed(self, start_s: float) -> None:
-        await asyncio.gather(*(self._user(user, start_s) for user in range(self._users)))
+        async with asyncio.TaskGroup() as group:  # which ends all when one raises
+            for user in range(self._users):
+                group.create_task(self._user(user, start_s))
 
     async def _user(self, user: int, start_s: float) -> None:
         workload = self._workload
@@ -229,18 +235,11 @@ class LoadRun:
             await asyncio.sleep(workload.think_s(user))
 
     async def _open(self, start_s: float) -> None:
-        tasks: set[asyncio.Task[None]] = set()
-        try:
+        async with asyncio.TaskGroup() as group:
             for request in self._workload.arrivals():
                 assert request.arrival_s is not None  # the contract of open workloads
                 await asyncio.sleep(max(0.0, start_s + request.arrival_s - time.monotonic()))
-                task = asyncio.create_task(self._one(request))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+                group.create_task(self._one(request))
 
 
 async def run_load(

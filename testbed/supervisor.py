@@ -2,20 +2,23 @@
 
 ``python -m testbed.supervisor -- command...`` starts the command in its own process group and
 waits. When standard input reaches its end (the starter closed it, crashed or was killed) or a
-termination signal arrives, the whole group gets SIGINT, then SIGTERM, then SIGKILL. Exit status:
-the command's own.
+termination signal arrives, the whole group gets SIGINT, then SIGTERM, then SIGKILL. Should the
+supervisor itself be killed, Linux sends the command SIGTERM. Exit status: the command's own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = {signal.SIGINT: 6.0, signal.SIGTERM: 4.0, signal.SIGKILL: 5.0}
 
 
@@ -48,12 +51,22 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
+def _parent_death_signal() -> Callable[[], None] | None:
+    """What a child does first so that Linux sends it SIGTERM when its parent is killed; None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def supervise(command: list[str]) -> int:
     """Run the command until it ends or the starter does; returns its exit status."""
     wake_read, wake_write = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda got, _frame: os.write(wake_write, bytes([got])))
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_parent_death_signal()
+    )
     try:
         while process.poll() is None:
             ready, _, _ = select.select([0, wake_read], [], [], 1.0)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from types import TracebackType
 
 from ersim.errors import ErsimError
 from ersim.util.files import write_json
+from testbed.expert_server import answers, with_project
 from testbed.gateway.settings import GatewaySettings, check, to_dict
 
 READY_TIMEOUT_S = 60.0
@@ -55,7 +55,7 @@ class GatewayProcess:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=Path(__file__).resolve().parents[2],
+                env=with_project(os.environ),
                 start_new_session=True,
             )
         try:
@@ -71,11 +71,9 @@ class GatewayProcess:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 break
-            try:
-                with urllib.request.urlopen(self.url + self._path, timeout=2):
-                    return
-            except (OSError, urllib.error.URLError):
-                time.sleep(0.1)
+            if answers(self.url + self._path):
+                return
+            time.sleep(0.1)
         tail = self.log_path.read_text(encoding="utf-8", errors="replace")[-2000:]
         raise GatewayFailed(
             f"the gateway was not ready on {self.url}; its log ({self.log_path}) ends:\n{tail}"

@@ -142,3 +142,22 @@ async def test_time_limits_end_a_run(make_gateway: Any) -> None:
     )
     assert load.end_s - load.start_s == pytest.approx(0.5, abs=0.2)
     assert all(record.error is None for record in load.records)
+
+
+@pytest.mark.parametrize("arrivals", ["closed", "poisson"])
+async def test_a_mistake_of_ours_ends_a_run_and_is_shown(
+    make_gateway: Any, monkeypatch: pytest.MonkeyPatch, arrivals: str
+) -> None:
+    setup = await make_gateway()
+    prompts = load_prompt_set(PromptSetConfig())
+    lengths = LengthsConfig(prompt_scale=0.02)
+    config = WorkloadConfig(think_s=0.01, ramp_s=0.01, lengths=lengths, arrivals=arrivals, rate_rps=50.0)
+
+    def broken(self: PromptTokens, request: Request) -> list[int]:
+        raise KeyError("no such segment")
+
+    monkeypatch.setattr(PromptTokens, "ids", broken)
+    workload = build_workload(config, prompts, 3, 5, None)
+    settings = LoadSettings(setup.url, 10**9, max_duration_s=3.0)
+    with pytest.raises(KeyError, match="no such segment"):
+        await run_load(workload, 3, settings, prompts.prompts, PromptTokens(32000, 3), "t")

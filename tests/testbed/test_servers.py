@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -17,11 +18,13 @@ import pytest
 
 from ersim.config import EngineSettings, ExpertConfig, FleetConfig
 from ersim.errors import ConfigError, DataError
+from ersim.routing import ExpertProfile, create_policy
 from ersim.steptime import ModelSpec, load_model
 from testbed.expert_server import (
     ExpertFailed,
     ExpertServer,
     ServerSpec,
+    answers,
     check_port,
     check_vllm,
     free_port,
@@ -171,6 +174,61 @@ def test_a_killed_starter_leaves_nothing_running(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait(5)
     assert wait_gone(pids, 20)
+
+
+@pytest.mark.slow
+def test_a_killed_supervisor_takes_its_command_along(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    nap = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+    command = [sys.executable, "-m", "testbed.supervisor", "--", sys.executable, "-c", nap, str(note)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not (note.exists() and note.read_text()):
+        time.sleep(0.05)
+    process.kill()
+    process.wait(5)
+    assert wait_gone([int(note.read_text())], 5)
+
+
+HEALTHY = """
+import http.server, os, pathlib, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+value = dict(zip(sys.argv, sys.argv[1:]))
+assert pathlib.Path(value["--model"], "config.json").is_file(), value["--model"]
+pathlib.Path(os.environ["ERSIM_STEP_LOG"]).write_text("steps")
+http.server.HTTPServer(("127.0.0.1", int(value["--port"])), Handler).serve_forever()
+"""
+
+
+def test_servers_start_from_any_folder_and_past_any_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths are those of who starts the server; loopback is asked directly whatever the environment says."""
+    python = fake_vllm(tmp_path, HEALTHY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    one = dataclasses.replace(spec(tmp_path, python=python), model="./", folder=Path("files"))
+    server = ExpertServer(one)
+    server.start()
+    try:
+        server.wait_ready()
+        assert (tmp_path / "files" / "e.steps.jsonl").read_text() == "steps"
+        policy = Path("policy.bin")
+        create_policy("round_robin", [ExpertProfile("e", "m")], {}).save(policy)
+        settings = GatewaySettings([ExpertEndpoint("e", [one.url])], str(policy), port=free_port())
+        with GatewayProcess(settings, Path("files")) as gateway:
+            assert answers(gateway.url + "/ready")
+        assert not answers(gateway.url + "/ready")
+    finally:
+        server.stop()
+    assert not server.running and not answers(one.url)
 
 
 def test_commands_and_environment_follow_the_config(tmp_path: Path) -> None:
