@@ -50,6 +50,26 @@ class TriedReplica:
     healthy: bool = False
 
 
+class SlotQueue:
+    """The requests that wait in the gateway for an expert's slot, as a policy sees them.
+
+    In the simulator they wait in a replica's queue and count for the expert's load; here they do by
+    standing among its replicas, as one that takes no request.
+    """
+
+    running = 0
+    kv_used_fraction = 0.0
+    healthy = False
+
+    def __init__(self, expert: Expert) -> None:
+        self._expert = expert
+
+    @property
+    def waiting(self) -> int:
+        """How many wait now."""
+        return self._expert.queued
+
+
 class QueueFull(Exception):
     """No slot and no place in the queue: the client is told to come back later."""
 
@@ -146,7 +166,7 @@ class Fleet:
             return self.state
         return FleetState(
             [
-                replace(state, replicas=self.replicas_left(index, tried))
+                replace(state, replicas=[*self.replicas_left(index, tried), SlotQueue(self.experts[index])])
                 for index, state in enumerate(self.state.experts)
             ]
         )
@@ -175,7 +195,7 @@ def _expert_state(expert: Expert) -> ExpertState:
         name=endpoint.name,
         model=endpoint.model,
         domains=tuple(endpoint.domains),
-        replicas=expert.replicas,
+        replicas=[*expert.replicas, SlotQueue(expert)],
         slots=endpoint.slots,
         usd_per_mtok_in=endpoint.usd_per_mtok_in,
         usd_per_mtok_out=endpoint.usd_per_mtok_out,

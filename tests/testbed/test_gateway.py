@@ -225,6 +225,20 @@ async def test_the_queue_is_bounded_in_order_and_says_when_to_retry(make_gateway
     assert setup.gateway.fleet.experts[0]._free == 1, "every slot is given back"
 
 
+async def test_who_waits_in_the_gateway_counts_for_the_load_that_policies_see(make_gateway: Any) -> None:
+    """Full experts alike, but for their queues: all would go to the first one's if those were not seen."""
+    setup = await make_gateway(experts=3, policy="least_loaded", slots=1, queue_limit=2)
+    tasks = []
+    for _ in range(10):
+        tasks.append(asyncio.create_task(post(setup, {**BODY, "max_tokens": 3, "pace_s": 0.1})))
+        await asyncio.sleep(0.01)
+    assert [expert.queued for expert in setup.gateway.fleet.experts] == [2, 2, 2]
+    answers = await asyncio.gather(*tasks)
+    assert [status for status, _, _ in answers] == [200] * 9 + [429], "only the tenth is refused"
+    load = setup.gateway.fleet.state_left({(0, 0)}).experts[1].replicas
+    assert [replica.healthy for replica in load] == [True, False], "the queue itself takes no request"
+
+
 async def test_a_waiter_that_leaves_does_not_lose_the_slot(make_gateway: Any) -> None:
     setup = await make_gateway(experts=1, slots=1)
     slow = asyncio.create_task(post(setup, {**BODY, "max_tokens": 10, "pace_s": 0.03}))
