@@ -18,7 +18,7 @@ from ersim.errors import ConfigError, ErsimError
 from ersim.routing import Policy, load_policy
 from testbed.gateway.exchange import Exchange
 from testbed.gateway.metrics import Metrics
-from testbed.gateway.proxy import Proxy, Unanswered, error_body
+from testbed.gateway.proxy import Proxy, Unanswered, error_body, header_text
 from testbed.gateway.query import routing_query
 from testbed.gateway.settings import GatewaySettings
 from testbed.gateway.upstreams import Fleet
@@ -139,6 +139,8 @@ class Gateway:
         if problem.kind in ("queue_full", "no_replica"):  # other kinds were counted by attempt
             self.metrics.errors.labels(self._name(exchange), problem.kind).inc()
         headers = {"X-Request-Id": exchange.request_id, "X-Ersim-Expert": self._name(exchange)}
+        if exchange.reason:
+            headers["X-Ersim-Reason"] = header_text(exchange.reason)
         if problem.status in (429, 503):
             headers["Retry-After"] = str(self.settings.retry_after_s)
         return web.json_response(

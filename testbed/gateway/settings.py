@@ -61,7 +61,9 @@ class GatewaySettings:
     access_log: str | None = None
 
 
-def _build(kind: type, data: Mapping[str, Any], where: str) -> Any:
+def _build(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise bad_value(where, "an object", data)
     fields = {item.name: item for item in dataclasses.fields(kind)}
     for name in data:
         if name not in fields:
@@ -77,6 +79,11 @@ def _required(item: dataclasses.Field[Any]) -> bool:
     return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
+def _above(value: Any, limit: float) -> bool:
+    """Whether it is a number above the limit; a JSON file may hold anything."""
+    return isinstance(value, int | float) and value > limit
+
+
 def check(settings: GatewaySettings) -> None:
     """Raise ConfigError for values that cannot work."""
     if not settings.experts:
@@ -84,13 +91,16 @@ def check(settings: GatewaySettings) -> None:
     for expert in settings.experts:
         if not expert.urls:
             raise bad_value(f"gateway.experts.{expert.name}.urls", "at least one URL", [])
-        if expert.slots < 1:
+        if not _above(expert.slots, 0):
             raise bad_value(f"gateway.experts.{expert.name}.slots", ">= 1", expert.slots)
+    names = [expert.name for expert in settings.experts]
+    if len(set(names)) < len(names):
+        raise bad_value("gateway.experts", "experts of different names", names)
     for name in ("queue_timeout_s", "connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s",
                  "health_period_s", "health_timeout_s", "attempts", "max_body_bytes"):  # fmt: skip
-        if not getattr(settings, name) > 0:
+        if not _above(getattr(settings, name), 0):
             raise bad_value(f"gateway.{name}", "> 0", getattr(settings, name))
-    if settings.queue_limit < 0:
+    if not _above(settings.queue_limit, -1):
         raise bad_value("gateway.queue_limit", ">= 0", settings.queue_limit)
     if not all(settings.api_keys):
         raise bad_value("gateway.api_keys", "keys that are not empty", settings.api_keys)

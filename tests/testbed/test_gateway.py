@@ -300,6 +300,7 @@ async def test_failover_into_a_full_queue_is_429_and_gives_every_slot_back(make_
     await asyncio.sleep(0.1)
     status, _, headers = await post(setup, BODY)
     assert status == 429 and headers["Retry-After"] == "1" and headers["X-Ersim-Expert"] == "e1"
+    assert headers["X-Ersim-Reason"].startswith("failover from e0")
     assert (await slow)[0] == 200
     assert [expert._free for expert in setup.gateway.fleet.experts] == [1, 1]
 

@@ -285,6 +285,15 @@ def test_power_is_absent_without_a_gpu_and_says_why() -> None:
             '{"experts": [{"name": "a", "urls": ["u"]}], "policy_path": "p", "attempts": 0}',
             "attempts must be > 0",
         ),
+        (
+            '{"experts": [{"name": "a", "urls": ["u"]}], "policy_path": "p", "attempts": "3"}',
+            "attempts must be > 0",
+        ),
+        ('{"experts": ["a"], "policy_path": "p"}', r"experts\[0\] must be an object"),
+        (
+            '{"experts": [{"name": "a", "urls": ["u"]}, {"name": "a", "urls": ["v"]}], "policy_path": "p"}',
+            "experts of different names",
+        ),
     ],
 )
 def test_bad_gateway_settings_name_what_to_fix(tmp_path: Path, content: str, message: str) -> None:
