@@ -26,6 +26,7 @@ from ersim.errors import ConfigError
 from ersim.prepare import Preparations
 from ersim.steptime import Calibration, build_expert_model
 from ersim.steptime.calibration import CALIBRATION_DIR, file_name, save
+from ersim.types import StepTime
 from ersim.util.files import set_aside, to_json, write_json
 from experiments.live_schema import (
     LiveConfig,
@@ -49,7 +50,8 @@ from testbed.live_run import LiveRun, gateway_settings, level_config, run_level,
 from testbed.live_settings import read_live
 from testbed.plan import check_plan
 from testbed.power import PowerSampler
-from testbed.profiling import Profiler, ProfileRun, fit, profile_steps
+from testbed.profiling import Profiler, ProfileRun, cleared_steps, fit
+from testbed.sensitivity import Sensitivity, one_row_share, probe_s
 from testbed.standing import Standing, check_all
 from testbed.step_log import StepLog, read_step_log
 from testbed.waits import extra_waits, gateway_medians, ways_s
@@ -134,7 +136,7 @@ def _figure(
     assert job.fleet is not None
     expert = dataclasses.replace(job.fleet.experts[name], calibration=str(folder / f"{name}.json"))
     step_time = build_expert_model(expert, f"fleet.experts.{name}").step_time()
-    batches, measured = profile_steps(log, run)
+    batches, measured = cleared_steps(log, run, calibration, step_time)
     predicted = np.array([step_time.step_s(batch) for batch in batches])
     mixed = np.array([bool(batch.prefills) for batch in batches])
     predicted_against_measured(predicted, measured, mixed, calibration, folder / f"{name}.png")
@@ -148,7 +150,8 @@ def _together(
     fleet = calibrated_fleet(job.fleet, calibrations, folder)
     config, shared = simulation(job, fleet, 1), Preparations()
     settings = gateway_settings(config, shared, live, folder / "profile")
-    standings = check_all(live, fleet, shared, job.workload, job.seed, say)
+    profiled = [servers[0].spec.name for servers in live.servers.values()]
+    standings = check_all(live, fleet, shared, job.workload, job.seed, say, profiled)
     runs: list[LiveRun] = []
     with GatewayProcess(settings, folder / "profile") as gateway:
         for number, users in [(i, users) for i in range(job.plan.rounds) for users in job.plan.mixed_users]:
@@ -165,8 +168,9 @@ def _together(
     }
     contention = {}
     for name in calibrations:
-        alone = shared.expert(fleet.experts[name], f"fleet.experts.{name}").step_time()
-        slow = _slowness(name, logs[name], standings)
+        model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
+        alone = model.step_time()
+        slow = _slowed(name, logs[name], standings, model.calibration, alone)
         contention[name] = fit_contention(name, logs, alone, slow, job.seed)
     records = [record for run in runs for record in run.load.records]
     ways = ways_s(records, runs[-1].access, logs)
@@ -183,14 +187,20 @@ def _together(
     return known
 
 
-def _slowness(
-    name: str, logs: Sequence[StepLog], standings: Mapping[str, Standing]
+def _slowed(
+    name: str,
+    logs: Sequence[StepLog],
+    standings: Mapping[str, Standing],
+    calibration: Calibration,
+    alone: StepTime,
 ) -> list[npt.NDArray[np.float64]]:
-    """Slowness of the host during each step of each replica, as it stood alone taken into account."""
-    found = []
+    """Factor of the host's speed and of the server's start on each step, by replica."""
+    found, felt = [], Sensitivity.of(calibration)
     for index, log in enumerate(logs):
-        alone = standings.get(replica_name(name, index, len(logs)), Standing())
-        found.append(alone.factor * slowness(log, alone.probe_s))
+        stands = standings.get(replica_name(name, index, len(logs)), Standing())
+        told = np.array([alone.step_s(step.batch()) for step in log.steps])
+        slow = slowness(log, probe_s(calibration))
+        found.append(stands.factor * felt.slowed_each(slow, one_row_share(alone, told)))
     return found
 
 

@@ -47,7 +47,15 @@ from testbed.gateway.process import GatewayProcess
 from testbed.host_speed import SpeedTrace
 from testbed.live_run import check_answered, gateway_settings, level_config, run_level
 from testbed.measured import power_figures
-from testbed.measured_run import read_power, read_run, read_span_s, read_speed, write_power, write_run
+from testbed.measured_run import (
+    read_power,
+    read_run,
+    read_span_s,
+    read_speed,
+    read_standings,
+    write_power,
+    write_run,
+)
 from testbed.pooled import IdArray, Run, answered, pooled_figures
 from testbed.power import PowerLog, PowerSampler
 from testbed.predict import predicted_summary, with_shares
@@ -218,7 +226,7 @@ def _compare(
         tokens = int(sum(frame["output_tokens"].sum() for frame, _ in repeats))
         measured["power"] = power_figures([power.between(*span) for span in spans], tokens)
         say(f"simulating {users} users")
-        speeds = _speeds(job, folder, users)
+        speeds = _speeds(job, base, shared, folder, users)
         told, plain = _predictions(job, level, shared, known, judged, speeds)
         speed = [{name: trace.median for name, trace in one.items()} for one in speeds]
         rows += _rows(users, measured, told, plain, list(base.fleet.experts))
@@ -251,15 +259,21 @@ def _predictions(
     return told, predicted_summary(level, shared, known, window, job.replications, judged, unslowed)
 
 
-def _speeds(job: LiveConfig, folder: Path, users: int) -> list[dict[str, SpeedTrace]]:
-    """How fast the host ran during each repeat of one load, by expert."""
-    assert job.fleet is not None
-    servers = {
-        name: [replica_name(name, index, expert.replicas) for index in range(expert.replicas)]
-        for name, expert in job.fleet.experts.items()
-    }
-    folders = [folder / "runs" / f"u{users}r{repeat}" for repeat in range(job.repeats)]
-    return [read_speed(one, servers) for one in folders]
+def _speeds(
+    job: LiveConfig, base: SimulationConfig, shared: Preparations, folder: Path, users: int
+) -> list[dict[str, SpeedTrace]]:
+    """How fast each expert's servers ran during each repeat of one load."""
+    every = [folder / "runs" / f"u{load}r{repeat}" for load in job.users for repeat in range(job.repeats)]
+    standings = read_standings(every)
+    found: list[dict[str, SpeedTrace]] = []
+    for repeat in range(job.repeats):
+        run, speeds = folder / "runs" / f"u{users}r{repeat}", {}
+        for name, expert in base.fleet.experts.items():
+            servers = [replica_name(name, index, expert.replicas) for index in range(expert.replicas)]
+            calibration = shared.expert(expert, f"fleet.experts.{name}").calibration
+            speeds[name] = read_speed(run, servers, standings, calibration)
+        found.append(speeds)
+    return found
 
 
 def _failed(repeats: Sequence[Run]) -> int:

@@ -4,13 +4,13 @@ Two servers on one host share caches, memory bandwidth and whatever cores their 
 gateway and the client run on. A calibration is made with the others idle: its front ends then have a
 core of their own. Here what busy neighbours add is fitted to steps recorded under common load:
 
-    period / slowness = alone * (base + sum over others of slowdown[other] * share of the step they ran)
-                        + share * (row_s * sampled rows + request_s * prefill chunks)
+    period / slowed = alone * (base + sum over others of slowdown[other] * share of the step they ran)
+                      + share * (row_s * sampled rows + request_s * prefill chunks)
 
 Others are all replicas of other experts and the other ones of its own, each for itself: two that run
 all the time count twice. Steps of all of the expert's replicas make the fit. row_s is the front ends',
 the gateway's and the client's work for one token, as far as it pushes the engine off its core; request_s
-the same for a new request. Slowness is the host's (`host_speed`).
+the same for a new request. slowed is what the host's speed makes of the step (`sensitivity`).
 
 The doubt of the fit is that of its moments: the same fit to blocks of a few seconds, drawn with
 replacement. What single steps do beyond the fit is kept as it came (`step_scatter`).
@@ -27,6 +27,7 @@ from scipy.optimize import nnls
 
 from ersim.types import Batch, ReplicaState, StepTime
 from testbed.host_speed import SpeedTrace
+from testbed.sensitivity import ONE_ROW
 from testbed.step_log import StepLog
 from testbed.step_scatter import ScatterPlayer, StepScatter, measure_scatter
 
@@ -120,7 +121,7 @@ def fit_contention(
 ) -> Contention:
     """Contention of one expert, from steps of all its replicas under common load; too few steps give none.
 
-    logs: of every expert's replicas. alone: the step time of `name`. slow: slowness of the host during
+    logs: of every expert's replicas. alone: the step time of `name`. slow: factor of the host's speed on
     each step of its replicas, shape (steps,) each; None is 1. seed: of the refits.
     """
     names = neighbours(name, {other: len(its) for other, its in logs.items()})
@@ -197,6 +198,7 @@ class ContendedStepTime:
         self._slowdowns = [contention.slowdowns.get(name, 0.0) for name in neighbours]
         self._itself = [int(name == own) for name in neighbours]
         self._speed = speed
+        self._one_row_s = alone.step_s(ONE_ROW)
         self._neighbours: Sequence[Sequence[ReplicaState]] = ()
         self._clock: Callable[[], float] = float
 
@@ -205,8 +207,8 @@ class ContendedStepTime:
         self._neighbours = neighbours
         self._clock = clock
 
-    def _now(self) -> tuple[float, float, bool]:
-        """(factor on the time alone, slowness of the host, whether a neighbour runs)."""
+    def _now(self) -> tuple[float, bool]:
+        """(factor on the time alone, whether a neighbour runs)."""
         factor, busy = self._known.base, False
         for slowdown, itself, replicas in zip(self._slowdowns, self._itself, self._neighbours, strict=False):
             running = -itself  # of its own replicas one is the one that steps
@@ -216,23 +218,28 @@ class ContendedStepTime:
             if running > 0:
                 factor += slowdown * running
                 busy = True
-        return factor, 1.0 if self._speed is None else self._speed.at(self._clock()), busy
+        return factor, busy
+
+    def _slowed(self, alone_s: float) -> float:
+        """What the host's present speed makes of a step that takes `alone_s` seconds otherwise."""
+        return 1.0 if self._speed is None else self._speed.slowed(self._clock(), self._one_row_s / alone_s)
 
     def step_s(self, batch: Batch) -> float:
         """Seconds of one step that starts now."""
-        factor, slow, busy = self._now()
-        seconds = self._alone.step_s(batch) * factor
+        factor, busy = self._now()
+        alone_s = self._alone.step_s(batch)
+        seconds = alone_s * factor
         if busy:
             seconds += self._known.row_s * batch.sampled_seqs + self._known.request_s * len(batch.prefills)
         if self._scatter is not None:
             seconds *= self._scatter.factor(batch)
-        return seconds * slow
+        return seconds * self._slowed(alone_s)
 
     def decode_run_s(self, decode_seqs: int, context_tokens: int, context_max: int, steps: int) -> FloatArray:
         """Seconds of consecutive decode steps, all at the present contention and speed."""
-        factor, slow, busy = self._now()
+        factor, busy = self._now()
         alone = self._alone.decode_run_s(decode_seqs, context_tokens, context_max, steps)
         seconds = alone * factor + (self._known.row_s * decode_seqs if busy else 0.0)
         if self._scatter is not None:
             seconds = seconds * self._scatter.decode_factors(steps)
-        return seconds * slow
+        return np.array([self._slowed(one) for one in alone.tolist()]) * seconds

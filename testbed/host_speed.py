@@ -3,8 +3,8 @@
 Virtual CPUs share caches, memory and often the core itself with other tenants: the same step was seen
 to take 28 and 44 ms within seconds, with the engine's thread on its core 99.7 % of the time. The
 recorder therefore times a fixed piece of work between steps (`recording_scheduler.SpeedProbe`).
-Slowness is that time over the time it took while profiling, or while the server was last seen alone
-(`standing`). Calibrations hold step times at slowness 1, and a live run is simulated at the slowness
+Slowness is that time over the time it took while profiling; what a step makes of it is its
+`sensitivity`. Calibrations hold step times at slowness 1, and a live run is simulated at the slowness
 of its own moments: the probe knows nothing of the requests, so that what is predicted stays a
 prediction. GPUs need no probe: slowness is 1 there.
 """
@@ -12,15 +12,16 @@ prediction. GPUs need no probe: slowness is 1 there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from testbed.sensitivity import Sensitivity
 from testbed.step_log import StepLog
 
 FloatArray = npt.NDArray[np.float64]
-REACH_S = 0.1  # probes this near to a step speak for it; wider reaches explained less
+REACH_S = 0.5  # probes this near to a step speak for it; a single one says little
 BIN_S = 0.5
 
 
@@ -30,14 +31,11 @@ def reference_probe_s(log: StepLog) -> float | None:
     return float(np.median(probes)) if probes else None
 
 
-def slowness(log: StepLog, reference_s: float | None) -> FloatArray:
-    """Slowness of the host during each step, shape (steps,); ones where it was not probed.
-
-    reference_s: what the probe takes at slowness 1, seconds.
-    """
+def probes_s(log: StepLog) -> FloatArray:
+    """Median probe time around each step, seconds, shape (steps,); NaN where none was near."""
+    result = np.full(len(log.steps), np.nan)
     probed = [(step.updated_s, step.probe_s) for step in log.steps if step.probe_s is not None]
-    result = np.ones(len(log.steps))
-    if reference_s is None or not probed:
+    if not probed:
         return result
     moments, probes = np.array(probed).T
     ends = np.array([step.updated_s for step in log.steps])
@@ -45,43 +43,72 @@ def slowness(log: StepLog, reference_s: float | None) -> FloatArray:
     last = np.searchsorted(moments, ends + REACH_S, side="right")
     for index, (low, high) in enumerate(zip(first, last, strict=True)):
         if high > low:
-            result[index] = np.median(probes[low:high]) / reference_s
+            result[index] = np.median(probes[low:high])
     return result
+
+
+def slowness(log: StepLog, reference_s: float | None) -> FloatArray:
+    """Slowness of the host during each step, shape (steps,); ones where it was not probed.
+
+    reference_s: what the probe takes at slowness 1, seconds.
+    """
+    return slowness_of(probes_s(log), reference_s)
+
+
+def slowness_of(probes: FloatArray, reference_s: float | None) -> FloatArray:
+    """Probe times (seconds, NaN where there is none) over what they are at slowness 1."""
+    if reference_s is None:
+        return np.ones(len(probes))
+    found: FloatArray = np.where(np.isnan(probes), 1.0, probes / reference_s)
+    return found
 
 
 @dataclass(frozen=True)
 class SpeedTrace:
-    """Slowness of the host on a run's clock, in bins of `BIN_S` seconds; doubt: relative, of all at once."""
+    """How fast one expert's servers ran, on a run's clock.
+
+    bins: slowness of the host in bins of `BIN_S` seconds. factor, doubt, wander: of the servers' start, its
+    relative standard error, and how far single runs are from it (see `standing`). sensitivity: what steps
+    make of the host's slowness.
+    """
 
     bins: Sequence[float]
+    factor: float = 1.0
     doubt: float = 0.0
+    wander: float = 0.0
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
 
-    @classmethod
-    def of_steps(cls, end_s: FloatArray, slow: FloatArray, doubt: float = 0.0) -> SpeedTrace:
-        """Median slowness of the steps that ended in each bin; bins without steps lie in between."""
+    def with_steps(self, end_s: FloatArray, slow: FloatArray) -> SpeedTrace:
+        """The same with the median slowness of the steps that ended in each bin; others lie in between."""
         if len(end_s) == 0:
-            return cls((1.0,), doubt)
+            return replace(self, bins=(1.0,))
         index = np.maximum(end_s / BIN_S, 0).astype(int)
         known = np.unique(index)
         medians = [float(np.median(slow[index == one])) for one in known]
-        return cls(tuple(np.interp(np.arange(known[-1] + 1), known, medians).tolist()), doubt)
+        bins = np.interp(np.arange(known[-1] + 1), known, medians).tolist()
+        return replace(self, bins=tuple(bins))
 
-    def drawn(self, rng: np.random.Generator) -> SpeedTrace:
-        """As fast as it may have been, given the doubt."""
-        factor = float(np.exp(self.doubt * rng.standard_normal()))
-        return SpeedTrace(tuple(factor * one for one in self.bins), self.doubt)
+    def drawn(self, start: np.random.Generator, run: np.random.Generator) -> SpeedTrace:
+        """As fast as it may have been: the doubt is all runs' of one start alike, the wander is not."""
+        off = self.doubt * start.standard_normal() + self.wander * run.standard_normal()
+        return replace(self, factor=self.factor * float(np.exp(off)))
 
     def at(self, now_s: float) -> float:
-        """Slowness at a moment of the run; the last bin goes on for ever."""
+        """Slowness of the host at a moment of the run; the last bin goes on for ever."""
         index = int(now_s / BIN_S)
         return self.bins[index] if index < len(self.bins) else self.bins[-1]
 
+    def slowed(self, now_s: float, share: float) -> float:
+        """Factor on a step that starts at a moment; share: of a step of one row, see `sensitivity`."""
+        return self.factor * self.sensitivity.slowed(self.at(now_s), share)
+
     @property
     def is_one(self) -> bool:
-        """Whether the host ran at slowness 1 throughout, for certain."""
-        return self.doubt == 0.0 and all(one == 1.0 for one in self.bins)
+        """Whether everything ran at its calibrated speed throughout, for certain."""
+        certain = self.doubt == self.wander == 0.0
+        return certain and self.factor == 1.0 and all(one == 1.0 for one in self.bins)
 
     @property
     def median(self) -> float:
-        """Typical slowness of the run."""
-        return float(np.median(self.bins))
+        """Typical slowness of the run, of host and start together."""
+        return self.factor * float(np.median(self.bins))

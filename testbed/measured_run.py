@@ -14,18 +14,20 @@ import pandas as pd
 from ersim.config import SimulationConfig
 from ersim.errors import DataError
 from ersim.results import Gaps, check_requests
+from ersim.steptime import Calibration
 from ersim.util.files import write_atomically, write_json
-from testbed.host_speed import SpeedTrace, slowness
+from testbed.host_speed import SpeedTrace, probes_s, slowness_of
 from testbed.live_run import LiveRun
 from testbed.power import PowerLog
-from testbed.standing import Standing
+from testbed.sensitivity import Sensitivity, probe_s
+from testbed.standing import Standing, together
 from testbed.step_log import StepLog
 
 
-def steps_frame(log: StepLog, start_s: float, alone: Standing | None = None) -> pd.DataFrame:
+def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
     """One row per engine step: when, how long, and what ran; times on the run's clock.
 
-    alone: how the server stood before the run; host_slowness is relative to its calibration by that.
+    probe_s: median time of the speed probe around the step, NaN where there was none (on GPUs).
     """
     batches = [step.batch() for step in log.steps]
     rows: dict[str, Any] = {
@@ -41,9 +43,7 @@ def steps_frame(log: StepLog, start_s: float, alone: Standing | None = None) -> 
         "waiting": [step.waiting for step in log.steps],
         "blocks_used": [step.blocks_used for step in log.steps],
         "preempted": [len(step.preempted) for step in log.steps],
-        "host_slowness": np.ones(len(batches))
-        if alone is None
-        else alone.factor * slowness(log, alone.probe_s),
+        "probe_s": probes_s(log),
     }
     return pd.DataFrame(rows)
 
@@ -77,26 +77,49 @@ def _stored(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not the run.json of a measured run ({error}); measure it again") from error
 
 
-def read_speed(folder: Path, servers: Mapping[str, Sequence[str]]) -> dict[str, SpeedTrace]:
-    """How fast the host ran during a run, by expert: the steps of all its servers together.
+def read_standings(folders: Sequence[Path]) -> dict[str, Standing]:
+    """How every server stood alone, by name: all checks of one measurement as one (see `standing`).
 
-    servers: names of every expert's replicas, whose doubts are independent of each other.
-    Raises DataError when a file is missing or old.
+    folders: of its runs; those of one repeat share a check. Raises DataError when a file is damaged.
     """
-    standings = _stored(folder).get("standings", {})
-    traces = {}
-    for expert, names in servers.items():
-        steps = pd.concat([_steps(folder / f"steps_{name}.parquet") for name in names])
-        doubts = [float(standings.get(name, {}).get("doubt", 0.0)) for name in names]
-        doubt = float(np.linalg.norm(doubts)) / len(names)
-        ends, slow = steps["end_s"].to_numpy(), steps["host_slowness"].to_numpy()
-        traces[expert] = SpeedTrace.of_steps(ends, slow, doubt)
-    return traces
+    checks: dict[str, dict[int, Standing]] = {}
+    for folder in folders:
+        stored = _stored(folder)
+        for name, item in stored.get("standings", {}).items():
+            checks.setdefault(name, {})[int(stored["repeat"])] = _standing(folder, item)
+    return {name: together(list(by_repeat.values())) for name, by_repeat in checks.items()}
+
+
+def _standing(folder: Path, item: Mapping[str, Any]) -> Standing:
+    try:
+        return Standing(**item)
+    except TypeError as error:
+        raise DataError(
+            f"{folder / 'run.json'}: measured by an earlier version ({error}); measure it again"
+        ) from error
+
+
+def read_speed(
+    folder: Path, servers: Sequence[str], standings: Mapping[str, Standing], calibration: Calibration
+) -> SpeedTrace:
+    """How fast one expert's servers ran during a run: the steps of all of them together.
+
+    servers: names of the expert's replicas, whose doubts are independent of each other; those without a
+    standing are as their calibration says. Raises DataError when a file is missing or old.
+    """
+    steps = pd.concat([_steps(folder / f"steps_{name}.parquet") for name in servers])
+    stand = [standings.get(name, Standing()) for name in servers]
+    factor = float(np.mean([one.factor for one in stand]))
+    doubt = float(np.linalg.norm([one.doubt for one in stand])) / len(stand)
+    wander = float(np.linalg.norm([one.wander for one in stand])) / len(stand)
+    start = SpeedTrace((1.0,), factor, doubt, wander, Sensitivity.of(calibration))
+    slow = slowness_of(steps["probe_s"].to_numpy(), probe_s(calibration))
+    return start.with_steps(steps["end_s"].to_numpy(), slow)
 
 
 def _steps(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path, columns=["end_s", "host_slowness"])
+        return pd.read_parquet(path, columns=["end_s", "probe_s"])
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not the steps of a measured run ({error}); measure it again") from error
 
@@ -132,14 +155,14 @@ def write_run(
 ) -> None:
     """Write requests.parquet, gaps.parquet, steps_<server>.parquet and run.json.
 
-    standings: by server, how it stood just before (see `standing`); none on a GPU.
+    standings: by server, the check before this repeat (see `standing`); none on a GPU.
     repeat: which requests of the configuration it sent (see `predict.live_workload`).
     """
     _parquet(run.requests, folder / "requests.parquet")
     gaps = {key: np.asarray(value) for key, value in dataclasses.asdict(run.gaps).items()}
     _parquet(pd.DataFrame(gaps), folder / "gaps.parquet")
     for name, log in run.logs.items():
-        steps = steps_frame(log, run.load.start_s, standings.get(name))
+        steps = steps_frame(log, run.load.start_s)
         _parquet(steps, folder / f"steps_{name}.parquet")
     write_json(
         folder / "run.json",

@@ -55,8 +55,9 @@ def _step_times(
     times: list[StepTime] = []
     replicas = {name: expert.replicas for name, expert in config.fleet.experts.items()}
     if replication:
-        draws = np.random.default_rng([config.seed + replication, 8, repeat])
-        speed = {name: trace.drawn(draws) for name, trace in speed.items()}
+        start = np.random.default_rng([config.seed + replication, 8])
+        run = np.random.default_rng([config.seed + replication, 9, repeat])
+        speed = {name: trace.drawn(start, run) for name, trace in speed.items()}
     for index, (name, expert) in enumerate(config.fleet.experts.items()):
         model = shared.expert(expert, f"fleet.experts.{name}")
         rng = np.random.default_rng([config.seed + replication, 5, index]) if replication else None

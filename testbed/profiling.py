@@ -8,6 +8,7 @@ import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -17,16 +18,19 @@ import numpy.typing as npt
 from ersim.config import ExpertConfig, PromptSetConfig, WorkloadConfig
 from ersim.errors import DataError
 from ersim.steptime import Calibration, fit_live_calibration, load_model
-from ersim.types import Batch, Request
+from ersim.steptime.evaluate import PreparedStepTime
+from ersim.types import Batch, Request, StepTime
 from ersim.workload import build_workload, load_prompt_set
 from testbed.host_speed import reference_probe_s, slowness
 from testbed.load import Client, LoadResult, LoadRun, LoadSettings, RequestRecord
 from testbed.plan import Burst, ClosedLoop, Phase, ProfilePlan, phases
 from testbed.power import PowerLog, power_model
 from testbed.prompt_tokens import PromptTokens
+from testbed.sensitivity import KEY, Sensitivity, fit_sensitivity, one_row_share, probe_s
 from testbed.step_log import StepLog
 
 UNBOUNDED = 10**9
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -120,22 +124,33 @@ class Profiler:
         return await LoadRun(workload, phase.users, client, settings).run()
 
 
-def profile_steps(log: StepLog, run: ProfileRun) -> tuple[list[Batch], npt.NDArray[np.float64]]:
-    """Batches of all steps of the plan's phases (warm-up excluded) and their seconds, in recorded order.
+def profile_steps(
+    log: StepLog, run: ProfileRun, reference_s: float | None
+) -> tuple[list[Batch], FloatArray, FloatArray]:
+    """Batches of all steps of the plan's phases (warm-up excluded), their seconds, the host's slowness.
 
-    The seconds are those of a host at the profile's median speed (see `testbed.host_speed`).
+    In recorded order. reference_s: what the speed probe takes at slowness 1 (see `testbed.host_speed`).
     """
     spans = [(p.start_s, p.end_s) for p in run.phases if p.skipped is None and p.name != "warmup"]
-    durations_s = log.periods_s() / slowness(log, reference_probe_s(log))
-    inside = [
-        any(start <= step.schedule_s and step.updated_s <= end for start, end in spans) for step in log.steps
-    ]
+    inside = np.array(
+        [any(low <= step.schedule_s and step.updated_s <= high for low, high in spans) for step in log.steps],
+        dtype=bool,
+    )
     batches = [step.batch() for step, use in zip(log.steps, inside, strict=True) if use]
     if not batches:
         raise DataError(
             "the profile recorded no step; did the server run with the recorder (live.record_steps)?"
         )
-    return batches, durations_s[np.array(inside)]
+    return batches, log.periods_s()[inside], slowness(log, reference_s)[inside]
+
+
+def cleared_steps(
+    log: StepLog, run: ProfileRun, calibration: Calibration, alone: StepTime
+) -> tuple[list[Batch], FloatArray]:
+    """Batches of the plan's steps, and their seconds as they would be at slowness 1, in recorded order."""
+    batches, measured, slow = profile_steps(log, run, probe_s(calibration))
+    told = np.array([alone.step_s(batch) for batch in batches])
+    return batches, measured / Sensitivity.of(calibration).slowed_each(slow, one_row_share(alone, told))
 
 
 def frontend_delays_s(records: Sequence[RequestRecord], log: StepLog) -> dict[str, float]:
@@ -190,13 +205,56 @@ def fit(
     device: str,
     seed: int,
 ) -> Calibration:
-    """The calibration of one profiled expert; its provenance says how it came about."""
-    batches, durations = profile_steps(log, run)
+    """The calibration of one profiled expert; its provenance says how it came about.
+
+    Where the host's speed was probed it is fitted twice: to steps cleared of the probe's own slowness, and
+    to steps cleared of what they themselves make of it, which the first fit shows (see `sensitivity`).
+    """
+    reference_s = reference_probe_s(log)
+    batches, measured, slow = profile_steps(log, run, reference_s)
+    make = partial(_calibration, expert, name, log, run, power, device, seed, batches)
+    first = make(measured / slow, Sensitivity())
+    if reference_s is None:
+        return first
+    alone = _alone(first)
+    told = np.array([alone.step_s(batch) for batch in batches])
+    share = one_row_share(alone, told)
+    felt = fit_sensitivity(measured, told, share, slow)
+    return make(measured / felt.slowed_each(slow, share), felt)
+
+
+def _alone(calibration: Calibration) -> StepTime:
+    """The step time of a calibration, at the settings that it was made with."""
+    engine = calibration.engine
+    return PreparedStepTime(
+        calibration,
+        np.array(calibration.theta),
+        max_tokens=engine["max_num_batched_tokens"],
+        max_seqs=engine["max_num_seqs"],
+        max_context=engine["max_model_len"],
+        graphs=engine.get("cudagraph_sizes") or [],
+        asynchronous=engine["async_scheduling"],
+    )
+
+
+def _calibration(
+    expert: ExpertConfig,
+    name: str,
+    log: StepLog,
+    run: ProfileRun,
+    power: PowerLog | None,
+    device: str,
+    seed: int,
+    batches: Sequence[Batch],
+    cleared_s: FloatArray,
+    felt: Sensitivity,
+) -> Calibration:
+    """The fit to steps cleared of the host's slowness, seconds."""
     spec = load_model(expert.model)
     gpu = "cpu" if device == "cpu" else expert.gpu
     return fit_live_calibration(
         batches,
-        durations,
+        cleared_s,
         name=name,
         model=expert.model,
         precision=expert.precision,
@@ -212,6 +270,7 @@ def fit(
             "requests": len(run.records),
             "recorder_overhead": round(log.record_overhead(), 5),
             "probe_s": reference_probe_s(log),
+            KEY: dataclasses.asdict(felt),
             "model_config": _hf_config(spec),
         },
         seed=seed,

@@ -76,8 +76,8 @@ class SpeedProbe:
 
     On a shared host the same step takes half as long again for seconds at a time: other tenants use
     the core's other thread, its caches and its memory. Of the probe's 0.2 ms a third is arithmetic
-    in the first cache (a 64 x 64 product), a third reads 512 KiB, a third goes on through 8 MiB; its
-    time follows that of the steps one to one (docs/testbed.md). At most every 20 ms.
+    in the first cache (a 64 x 64 product), a third reads 512 KiB, a third goes on through 8 MiB. How
+    steps follow it is fitted (see `testbed.sensitivity`). At most every 20 ms.
     """
 
     def __init__(self) -> None:

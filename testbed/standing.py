@@ -1,17 +1,20 @@
-"""How fast a server runs just before a load: what this start of it, at this hour, makes of its calibration.
+"""How fast one start of a server is: what it makes of its calibration, whatever the host's speed.
 
 Two starts of one server on one machine differ. In one `make live` every step of the larger expert
 took 25 % longer than in the start that had been profiled minutes before, in all runs alike, with the
 engine's thread on its core for 99 % of the time (where its weights came to lie in memory may be why).
 So before each round of runs every server answers a few fixed requests alone. What its steps take over
-what its calibration says is its factor; no request of a run is looked at. Not used on GPUs.
+what its calibration says, cleared of the host's speed at that moment, is its factor; no request of a
+run is looked at. All rounds of one start are one figure: a round that was disturbed has a large doubt,
+and counts little; how far they are apart goes into the intervals. Not used on GPUs, nor for the start
+that was profiled, which is its own measure.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +23,13 @@ from scipy.stats import trim_mean
 from ersim.config import FleetConfig, WorkloadConfig
 from ersim.errors import DataError
 from ersim.prepare import Preparations
-from ersim.steptime import load_model
+from ersim.steptime import Calibration, load_model
 from ersim.types import StepTime
 from testbed.expert_server import ExpertServer
 from testbed.fleet import LiveFleet
-from testbed.host_speed import reference_probe_s
 from testbed.plan import ProfilePlan
 from testbed.profiling import Profiler, ProfileRun, profile_steps
+from testbed.sensitivity import Sensitivity, one_row_share, probe_s
 from testbed.step_log import StepLog, read_step_log
 
 CHECK = ProfilePlan(
@@ -43,34 +46,56 @@ CHECK = ProfilePlan(
 TRIMMED = 0.05  # of the ratios at either end: stalls
 CHECK_SEED = 500_000  # prompts of a check are nobody else's
 FLUSH_S = 1.0  # the recorder writes twice a second
+LEAST_DOUBT = 0.015  # of one check: four phases may agree by chance
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One server alone, measured over calibrated.
+    """One start of a server, measured over calibrated, both at the same speed of the host.
 
-    factor: on step times; doubt: its relative standard error, from the spread between phases.
-    probe_s: what the speed probe took meanwhile (see `host_speed`), None without one. steps: how many.
+    factor: on step times; doubt: its relative standard error, from the spread between phases or checks.
+    steps: how many were seen. wander: relative standard deviation between checks of one start, which is
+    as far as a run may be from their mean.
     """
 
     factor: float = 1.0
     doubt: float = 0.0
-    probe_s: float | None = None
     steps: int = 0
+    wander: float = 0.0
+
+
+def together(standings: Sequence[Standing]) -> Standing:
+    """All checks of one start as one: each counts by its doubt, and their spread adds to it."""
+    if not standings:
+        return Standing()
+    logs = np.log([one.factor for one in standings])
+    weights = np.array([1.0 / (one.doubt**2 + LEAST_DOUBT**2) for one in standings])
+    mean = float(weights @ logs / weights.sum())
+    others = max(1, len(standings) - 1)
+    spread = float(weights @ (logs - mean) ** 2 / weights.sum()) / others  # the mean's variance, as seen
+    doubt = float(np.sqrt(max(1.0 / weights.sum(), spread)))
+    steps = sum(one.steps for one in standings)
+    return Standing(float(np.exp(mean)), doubt, steps, float(np.sqrt(spread * len(standings))))
 
 
 def check_standing(
-    server: ExpertServer, alone: StepTime, vocab_size: int, workload: WorkloadConfig, seed: int
+    server: ExpertServer,
+    alone: StepTime,
+    calibration: Calibration,
+    vocab_size: int,
+    workload: WorkloadConfig,
+    seed: int,
 ) -> Standing:
     """Drive the `CHECK` plan through one server while nothing else runs.
 
-    alone: its calibrated step time. seed: of the prompts; another one each time, or they are cached.
+    alone: step time of its calibration. seed: of the prompts; another one each time, or they are cached.
     """
     profiler = Profiler(server.spec.url, server.spec.expert, vocab_size, workload, seed)
     began_s = time.monotonic()
     run = asyncio.run(profiler.run(CHECK, max(CHECK.decode_batches)))
     time.sleep(FLUSH_S)
-    return standing(read_step_log(server.spec.steps_path).between(began_s, time.monotonic()), run, alone)
+    log = read_step_log(server.spec.steps_path).between(began_s, time.monotonic())
+    return standing(log, run, alone, probe_s(calibration), Sensitivity.of(calibration))
 
 
 def check_all(
@@ -80,37 +105,54 @@ def check_all(
     workload: WorkloadConfig,
     seed: int,
     say: Callable[[str], None] | None = None,
+    known: Collection[str] = (),
 ) -> dict[str, Standing]:
-    """Every CPU server in turn, by server; servers on GPUs are left out. fleet: with calibrations."""
+    """Every CPU server in turn, by server; servers on GPUs are left out, and those known.
+
+    fleet: with calibrations. known: servers that need no check, since they themselves were profiled.
+    """
     vocab_size = min(load_model(expert.model).vocab_size for expert in fleet.experts.values())
     found = {}
     for number, (name, servers) in enumerate(live.servers.items()):
-        expert = fleet.experts[name]
-        alone = shared.expert(expert, f"fleet.experts.{name}").step_time(None)
+        model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
+        alone = model.step_time(None)
         for server in servers:
-            if server.spec.live.device != "cpu":
+            if server.spec.live.device != "cpu" or server.spec.name in known:
                 continue
-            stands = check_standing(server, alone, vocab_size, workload, CHECK_SEED + 100 * seed + number)
+            prompts = CHECK_SEED + 100 * seed + number
+            stands = check_standing(server, alone, model.calibration, vocab_size, workload, prompts)
             found[server.spec.name] = stands
             if say is not None:
                 say(f"{server.spec.name} alone: steps take {stands.factor:.3f} of the calibrated time")
     return found
 
 
-def standing(log: StepLog, run: ProfileRun, alone: StepTime) -> Standing:
-    """The standing that a check's steps show. Raises DataError when it recorded none."""
+def standing(
+    log: StepLog,
+    run: ProfileRun,
+    alone: StepTime,
+    reference_s: float | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> Standing:
+    """The standing that a check's steps show. Raises DataError when it recorded none.
+
+    reference_s: what the probe takes at slowness 1; None where nothing is probed. sensitivity: of the
+    calibration.
+    """
+    felt = sensitivity or Sensitivity()
     ratios = []
     for phase in run.phases:
         if phase.name == "warmup" or phase.skipped is not None:
             continue
         try:
-            batches, measured = profile_steps(log, ProfileRun([phase]))
+            batches, measured, slow = profile_steps(log, ProfileRun([phase]), reference_s)
         except DataError:  # a phase without steps; none at all is an error below
             continue
         told = np.array([alone.step_s(batch) for batch in batches])
-        ratios.append(float(trim_mean(measured / told, TRIMMED)))
+        cleared = measured / felt.slowed_each(slow, one_row_share(alone, told))
+        ratios.append(float(trim_mean(cleared / told, TRIMMED)))
     if not ratios:
         raise DataError(f"no step of the check was recorded ({run.failures or 'no request failed'})")
     factor = float(np.mean(ratios))
     doubt = float(np.std(ratios, ddof=1) / np.sqrt(len(ratios)) / factor) if len(ratios) > 1 else 0.0
-    return Standing(factor, doubt, reference_probe_s(log), len(log.steps))
+    return Standing(factor, doubt, len(log.steps))

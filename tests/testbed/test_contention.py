@@ -16,6 +16,7 @@ from testbed.fleet_calibration import FleetCalibration
 from testbed.host_speed import SpeedTrace
 from testbed.live_run import level_config
 from testbed.predict import predict_once
+from testbed.sensitivity import Sensitivity
 from testbed.step_log import LoggedStep, StepLog, StepRow
 from testbed.step_scatter import LARGEST, StepScatter, measure_scatter
 
@@ -208,6 +209,13 @@ def test_contended_steps_cost_more_only_while_the_neighbour_runs() -> None:
     np.testing.assert_allclose(contended.decode_run_s(2, 20, 10, 3), [0.030] * 3)
     now[0] = 7.0
     assert contended.step_s(batch) == pytest.approx(0.060), "the host's slowness lasts"
+    reading = SpeedTrace((2.0,), 1.5, sensitivity=Sensitivity(1.0, 0.5))
+    felt = ContendedStepTime(Steady(), contention, ["b"], reading)
+    felt.watch([[neighbour]], lambda: 0.0)
+    neighbour.running = 0
+    assert felt.step_s(batch) == pytest.approx(0.022 * 1.5 * 2.0**1.25), "half of it reads weights"
+    np.testing.assert_allclose(felt.decode_run_s(2, 20, 10, 3), [felt.step_s(batch)] * 3)
+    neighbour.running = 3
     player = StepScatter(decode=[1.5]).player(np.random.default_rng(0))
     siblings = ContendedStepTime(Steady(), Contention(1.0, {"a": 0.5}), ["a"], own="a")
     siblings.watch([[neighbour, neighbour, neighbour]], lambda: 0.0)

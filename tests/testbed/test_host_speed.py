@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from testbed.host_speed import SpeedTrace, reference_probe_s, slowness
+from testbed.sensitivity import Sensitivity
 from testbed.step_log import LoggedStep, StepLog
 
 PROBE_S = 0.0002
@@ -31,7 +32,7 @@ def test_a_host_that_slows_down_is_told_from_slow_steps() -> None:
     reference = reference_probe_s(log)
     assert reference == pytest.approx(PROBE_S)
     cleared = log.periods_s() / slowness(log, reference)
-    away_from_the_change = np.r_[cleared[:90], cleared[110:]]
+    away_from_the_change = np.r_[cleared[:70], cleared[130:]]
     np.testing.assert_allclose(away_from_the_change, 0.02, rtol=1e-6)
 
 
@@ -50,8 +51,17 @@ def test_without_probes_the_host_is_as_it_was() -> None:
 
 
 def test_a_trace_follows_the_run_and_fills_its_gaps() -> None:
-    trace = SpeedTrace.of_steps(np.array([0.1, 0.2, 2.1]), np.array([1.0, 1.2, 2.1]))
+    nothing = SpeedTrace((1.0,))
+    trace = nothing.with_steps(np.array([0.1, 0.2, 2.1]), np.array([1.0, 1.2, 2.1]))
     assert trace.at(0.3) == pytest.approx(1.1)
     assert trace.at(1.1) == pytest.approx(1.1 + 2 * 0.25)
     assert trace.at(99.0) == pytest.approx(2.1)
-    assert SpeedTrace.of_steps(np.array([]), np.array([])).at(3.0) == 1.0
+    assert nothing.with_steps(np.array([]), np.array([])).at(3.0) == 1.0
+
+
+def test_a_trace_slows_steps_by_start_and_host_as_far_as_they_feel_it() -> None:
+    trace = SpeedTrace((2.0,), factor=1.1, sensitivity=Sensitivity(1.0, 0.5))
+    assert trace.slowed(0.0, share=0.0) == pytest.approx(1.1 * 2.0)
+    assert trace.slowed(0.0, share=0.5) == pytest.approx(1.1 * 2.0**1.25)
+    assert trace.slowed(0.0, share=3.0) == trace.slowed(9.0, share=1.0) == pytest.approx(1.1 * 2.0**1.5)
+    assert trace.median == pytest.approx(2.2)

@@ -12,12 +12,15 @@ import pandas as pd
 import pytest
 
 from ersim.errors import DataError
+from ersim.steptime import Calibration, load
+from ersim.steptime.calibration import CALIBRATION_DIR
 from ersim.types import Batch
 from testbed.host_speed import SpeedTrace
-from testbed.measured_run import read_span_s, read_speed, steps_frame
+from testbed.measured_run import read_span_s, read_speed, read_standings, steps_frame
 from testbed.plan import check_plan, phases
 from testbed.profiling import PhaseTimes, ProfileRun
-from testbed.standing import CHECK, Standing, standing
+from testbed.sensitivity import KEY, Sensitivity
+from testbed.standing import CHECK, LEAST_DOUBT, Standing, standing, together
 from testbed.step_log import LoggedStep, StepLog
 
 META = {"async_scheduling": False}
@@ -62,8 +65,16 @@ def test_the_factor_is_measured_over_calibrated_and_stalls_do_not_count() -> Non
     lengths[[20, 77, 150]] = 0.5
     log = log_of(lengths)
     stands = standing(log, phases_of(log, 1), Fixed())
-    assert stands.factor == pytest.approx(1.25, rel=0.001)
-    assert (stands.probe_s, stands.steps) == (0.0002, 200)
+    assert stands.factor == pytest.approx(1.25, rel=0.001) and stands.steps == 200
+
+
+def test_a_host_that_was_slow_during_the_check_is_not_the_start() -> None:
+    log = log_of(np.full(200, 0.0125), probe_s=0.00025)
+    stands = standing(log, phases_of(log, 1), Fixed(), reference_s=0.0002)
+    assert stands.factor == pytest.approx(1.0)
+    felt = Sensitivity(1.0, 0.5)  # every step is one of one row here
+    stands = standing(log, phases_of(log, 1), Fixed(), 0.0002, felt)
+    assert stands.factor == pytest.approx(1.25**-0.5)
 
 
 def test_the_doubt_is_the_spread_between_phases() -> None:
@@ -71,6 +82,19 @@ def test_the_doubt_is_the_spread_between_phases() -> None:
     stands = standing(log, phases_of(log, 4), Fixed())
     assert stands.factor == pytest.approx(1.2, rel=0.03)
     assert 0.01 < stands.doubt < 0.06
+
+
+def test_checks_of_one_start_count_by_their_doubt() -> None:
+    calm, wild = Standing(0.85, 0.01, 100), Standing(1.3, 0.17, 100)
+    both = together([calm, wild, calm])
+    assert both.factor == pytest.approx(0.85, rel=0.01) and both.steps == 300
+    assert both.doubt < 0.03
+    apart = together([Standing(0.9, 0.01), Standing(1.1, 0.01)])
+    assert apart.factor == pytest.approx(0.995, abs=0.005)
+    assert apart.doubt == pytest.approx(0.1, rel=0.01), "their spread counts"
+    assert apart.wander == pytest.approx(np.std(np.log([0.9, 1.1]), ddof=1))
+    assert together([calm]) == Standing(0.85, pytest.approx(np.hypot(0.01, LEAST_DOUBT)), 100, 0.0)
+    assert together([]) == Standing()
 
 
 def test_a_check_without_steps_is_an_error() -> None:
@@ -87,29 +111,62 @@ def test_the_check_is_a_plan_like_any_other_and_short() -> None:
     assert tokens < 300
 
 
-def test_slowness_is_the_factor_times_the_probe_since_the_check(tmp_path: Path) -> None:
+def calibration(probe_s: float | None) -> Calibration:
+    """As far as the host is concerned."""
+    host = {"probe_s": probe_s, KEY: {"plain": 1.0, "reads": 0.5}}
+    return dataclasses.replace(load(sorted(CALIBRATION_DIR.rglob("*.json"))[0]), provenance=host)
+
+
+def test_a_stored_run_keeps_its_probes_and_every_round_its_checks(tmp_path: Path) -> None:
     log = log_of(np.full(100, 0.05), probe_s=0.0003)
-    alone = Standing(1.2, 0.03, 0.0002, 50)
-    frame = steps_frame(log, 0.0, alone)
-    np.testing.assert_allclose(frame["host_slowness"], 1.2 * 1.5)
-    assert (steps_frame(log, 0.0)["host_slowness"] == 1.0).all(), "a GPU is not checked"
-    frame.to_parquet(tmp_path / "steps_a.parquet")
-    run = {"start_s": 3.0, "end_s": 9.0, "standings": {"a": dataclasses.asdict(alone)}}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    trace = read_speed(tmp_path, {"a": ["a"]})["a"]
-    assert trace.median == pytest.approx(1.8) and trace.doubt == 0.03
-    assert read_span_s(tmp_path) == (3.0, 9.0)
-    drawn = [trace.drawn(np.random.default_rng(seed)).median for seed in range(400)]
-    assert np.std(np.log(drawn)) == pytest.approx(0.03, rel=0.2)
-    assert SpeedTrace((1.0,)).drawn(np.random.default_rng(0)).bins == (1.0,)
-    slower = frame.assign(end_s=frame["end_s"] + 1e-4, host_slowness=3.0)
-    pd.concat([slower] * 3).to_parquet(tmp_path / "steps_a-1.parquet")
-    both = read_speed(tmp_path, {"a": ["a", "a-1"]})["a"]
-    assert both.median == pytest.approx(3.0), "of all its servers' steps"
-    assert both.doubt == pytest.approx(0.015), "the one that was not checked counts as known"
+    frame = steps_frame(log, 0.0)
+    np.testing.assert_allclose(frame["probe_s"], 0.0003)
+    assert steps_frame(log_of(np.full(9, 0.05), None), 0.0)["probe_s"].isna().all(), "a GPU is not probed"
+    for repeat, factor in enumerate((1.2, 1.0)):
+        for users in (1, 2):
+            folder = tmp_path / f"u{users}r{repeat}"
+            folder.mkdir()
+            checked = {"a": dataclasses.asdict(Standing(factor, 0.03, 50))}
+            run = {"repeat": repeat, "start_s": 3.0, "end_s": 9.0, "standings": checked}
+            (folder / "run.json").write_text(json.dumps(run))
+            frame.to_parquet(folder / "steps_a.parquet")
+    folders = sorted(tmp_path.iterdir())
+    standings = read_standings(folders)
+    assert standings["a"] == together([Standing(1.2, 0.03, 50), Standing(1.0, 0.03, 50)]), "once a repeat"
+    assert read_span_s(folders[0]) == (3.0, 9.0)
+    trace = read_speed(folders[0], ["a"], standings, calibration(0.0002))
+    assert trace.factor == standings["a"].factor and trace.at(1.0) == pytest.approx(1.5)
+    assert trace.sensitivity == Sensitivity(1.0, 0.5) and trace.doubt == standings["a"].doubt
+    slower = frame.assign(end_s=frame["end_s"] + 1e-4, probe_s=0.0006)
+    pd.concat([slower] * 3).to_parquet(folders[0] / "steps_a-1.parquet")
+    both = read_speed(folders[0], ["a", "a-1"], standings, calibration(0.0002))
+    assert both.at(1.0) == pytest.approx(3.0), "of all its servers' steps"
+    assert both.doubt == pytest.approx(standings["a"].doubt / 2), "the one without a check counts as known"
+    assert read_speed(folders[0], ["a"], {}, calibration(None)).is_one, "nothing probed, nothing slow"
+
+
+def test_damaged_or_old_runs_are_named(tmp_path: Path) -> None:
     pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "steps_b.parquet")
     with pytest.raises(DataError, match=r"steps_b\.parquet"):
-        read_speed(tmp_path, {"b": ["b"]})
+        read_speed(tmp_path, ["b"], {}, calibration(None))
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(DataError, match=r"run\.json: not the run\.json of a measured run"):
-        read_speed(tmp_path, {"a": ["a"]})
+        read_standings([tmp_path])
+    old = {"repeat": 0, "start_s": 0.0, "standings": {"a": {"factor": 1.0, "probe_s": 0.0002}}}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    with pytest.raises(DataError, match=r"run\.json: measured by an earlier version .* measure it again"):
+        read_standings([tmp_path])
+
+
+def test_a_trace_is_drawn_as_far_as_it_is_in_doubt() -> None:
+    trace = SpeedTrace((1.5,), 1.2, 0.03, 0.04)
+
+    def drawn(start: int, run: int) -> float:
+        return trace.drawn(np.random.default_rng(start), np.random.default_rng([run, 1])).median
+
+    both = [drawn(seed, seed) for seed in range(400)]
+    assert np.std(np.log(both)) == pytest.approx(0.05, rel=0.1)
+    assert np.median(both) == pytest.approx(1.8, rel=0.01)
+    assert np.std(np.log([drawn(0, seed) for seed in range(400)])) == pytest.approx(0.04, rel=0.1)
+    sure = SpeedTrace((1.0,))
+    assert sure.drawn(np.random.default_rng(0), np.random.default_rng(1)) == sure

@@ -42,7 +42,8 @@ def test_each_load_is_predicted_at_the_hosts_speed_and_at_slowness_1() -> None:
 
 def test_a_trace_in_doubt_is_not_taken_for_one() -> None:
     assert SpeedTrace((1.0, 1.0)).is_one
-    assert not SpeedTrace((1.0, 1.1)).is_one and not SpeedTrace((1.0,), 0.02).is_one
+    assert not SpeedTrace((1.0, 1.1)).is_one and not SpeedTrace((1.0,), doubt=0.02).is_one
+    assert not SpeedTrace((1.0,), factor=1.1).is_one
 
 
 def test_both_errors_stand_side_by_side_in_table_and_figures() -> None:

@@ -1,0 +1,96 @@
+"""How much a step suffers when the host slows down: not all steps by what the probe shows.
+
+A probe (`host_speed`) and a step share a core, not a workload. A decode step of one row does little but
+read the weights, and whoever shares the memory slows it more than the probe, which is part arithmetic;
+a step of many rows computes, and is slowed less. In three profiles of two experts, logarithms of step
+times over medians of two seconds grew by 1.3 to 1.7 times the probe's at one row, 0.9 to 1.2 times at
+three and more. So a step that takes `step_s` takes, at a slowness of the host,
+
+    step_s * slowness ** (plain + reads * min(1, one_row_s / step_s))
+
+where one_row_s / step_s is the share that a step of one row would take too. Both exponents are fitted to
+the profile of the expert alone. A quiet profile says little about them: they start from what those three
+said, with their spread, and keep to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import least_squares
+
+from ersim.steptime import Calibration
+from ersim.types import Batch, StepTime
+
+FloatArray = npt.NDArray[np.float64]
+PRIOR = (0.9, 0.5)  # plain, reads: of three profiles, see above
+PRIOR_STD = 0.3
+NOISE_STD = 0.07  # of the logarithm of step times over a block, beyond what the probe explains
+BLOCK_S = 4.0  # steps of one block are disturbed alike and count once
+OUTLIER_RATIO = 5.0
+KEY = "host_sensitivity"  # in a calibration's provenance
+ONE_ROW = Batch(1, 1, 32, 32, (), 1)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The exponents of this module's head; as it is, every step suffers by what the probe shows."""
+
+    plain: float = 1.0
+    reads: float = 0.0
+
+    def slowed(self, slowness: float, share: float) -> float:
+        """Factor on a step at a slowness; share: one_row_s / step_s, cut at 1 here."""
+        return float(slowness ** (self.plain + self.reads * min(1.0, share)))
+
+    def slowed_each(self, slowness: FloatArray, share: FloatArray) -> FloatArray:
+        """The same for many steps, shape (steps,)."""
+        factors: FloatArray = slowness ** (self.plain + self.reads * np.minimum(1.0, share))
+        return factors
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> Sensitivity:
+        """What a live calibration recorded; every step alike where it recorded none."""
+        stored: Mapping[str, Any] = calibration.provenance.get(KEY) or {}
+        return cls(**stored)
+
+
+def probe_s(calibration: Calibration) -> float | None:
+    """What the speed probe took at slowness 1, seconds; None where nothing was probed."""
+    found = calibration.provenance.get("probe_s")
+    return None if found is None else float(found)
+
+
+def one_row_share(alone: StepTime, told_s: FloatArray) -> FloatArray:
+    """Share of each step that a step of one row takes too, at most 1, shape (steps,)."""
+    share: FloatArray = np.minimum(1.0, alone.step_s(ONE_ROW) / told_s)
+    return share
+
+
+def fit_sensitivity(
+    measured_s: FloatArray, told_s: FloatArray, share: FloatArray, slow: FloatArray
+) -> Sensitivity:
+    """The exponents from steps of one expert alone; the prior's where nothing was probed or moved.
+
+    told_s: what its calibration says at slowness 1; share: see `one_row_share`; slow: slowness of the
+    host; shapes (steps,) each, in recorded order.
+    """
+    keep = measured_s < OUTLIER_RATIO * told_s
+    if not keep.any() or np.all(slow == 1.0):
+        return Sensitivity()
+    x, y = np.log(slow[keep]), np.log(measured_s[keep] / told_s[keep])
+    matrix = np.stack([np.ones(len(x)), x, share[keep] * x], axis=1)
+    blocks = max(1.0, float(measured_s[keep].sum()) / BLOCK_S)
+    weight = np.sqrt(min(1.0, blocks / len(x))) / NOISE_STD
+
+    def residuals(found: FloatArray) -> FloatArray:
+        prior = (found[1:] - PRIOR) / PRIOR_STD
+        together: FloatArray = np.concatenate([weight * (matrix @ found - y), prior])
+        return together
+
+    _, plain, reads = least_squares(residuals, [0.0, *PRIOR], loss="soft_l1").x
+    return Sensitivity(round(float(plain), 4), round(float(reads), 4))
