@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.live import split_arguments
+from testbed.supervisor import parent_death_signal
 
 # in the order of worth, should the time run out
 EXPERTS = ("llama3_8b_bf16", "llama3_8b_int4", "llama3_8b_fp8", "llama3_8b_int8",
@@ -49,7 +50,9 @@ def commands(expert: str, gpu: str, users: str, overrides: Sequence[str]) -> lis
 
 def finished(command: Sequence[str], left_s: float) -> tuple[int, str]:
     """(status, standard output) of a command; it is stopped, servers and all, when its time is over."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=parent_death_signal()
+    ) as process:
         try:
             output, _ = process.communicate(timeout=max(left_s, 0.0))
         except subprocess.TimeoutExpired:

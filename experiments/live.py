@@ -2,7 +2,8 @@
 
 ``python -m experiments.live [overrides]`` passes its arguments to both commands where they apply:
 ``users=``, ``seconds=``, ``warmup_s=``, ``repeats=`` and ``replications=`` to the validation,
-``live_plan=`` and ``plan.*`` to the profile, everything else to both.
+``live_plan=`` and ``plan.*`` to the profile, everything else to both. Whatever ends it, a killed shell
+included, ends the command that runs, and that one's servers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+from testbed.supervisor import parent_death_signal
 
 VALIDATE_ONLY = ("users", "seconds", "warmup_s", "repeats", "replications")
 PROFILE_ONLY = ("live_plan", "plan", "install")
@@ -36,7 +39,8 @@ def main() -> int:
     began_s = time.monotonic()
     profile, validate = split_arguments(arguments)
     for module, chosen in (("experiments.profile", profile), ("experiments.validate", validate)):
-        status = subprocess.run([sys.executable, "-m", module, *chosen], check=False).returncode
+        command = [sys.executable, "-m", module, *chosen]
+        status = subprocess.run(command, check=False, preexec_fn=parent_death_signal()).returncode
         if status:
             return status
     print(f"both together took {time.monotonic() - began_s:.0f} s", file=sys.stderr)

@@ -171,7 +171,9 @@ def _together(
         model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
         alone = model.step_time()
         slow = _slowed(name, logs[name], standings, model.calibration, alone)
-        contention[name] = fit_contention(name, logs, alone, slow, job.seed)
+        rounds_s = [run.load.start_s for run in runs]
+        felt = Sensitivity.of(model.calibration)
+        contention[name] = fit_contention(name, logs, alone, slow, job.seed, rounds_s, felt)
     records = [record for run in runs for record in run.load.records]
     ways = ways_s(records, runs[-1].access, logs)
     known = FleetCalibration(
@@ -212,8 +214,7 @@ def calibrated_fleet(fleet: FleetConfig, calibrations: dict[str, Calibration], f
 
 def contention_summary(item: Contention) -> dict[str, Any]:
     """The fitted figures, without refits and scatter."""
-    whole = dataclasses.asdict(item)
-    return {name: whole[name] for name in ("base", "slowdowns", "row_s", "request_s")}
+    return {"slowdowns": dict(item.slowdowns)}
 
 
 def held_out_words(fit: Mapping[str, Any]) -> str:

@@ -53,6 +53,7 @@ from testbed.measured_run import (
     read_span_s,
     read_speed,
     read_standings,
+    read_versions,
     write_power,
     write_run,
 )
@@ -100,6 +101,7 @@ def validate(job: LiveConfig) -> dict[str, Any]:
         with failures_logged(job, "validate"):
             _measure(job, base, shared, known, folder)
     runs = _stored_runs(job, folder)
+    check_versions(read_versions([folder / "runs" / f"u{users}r0" for users in job.users]), known)
     power = read_power(folder / "runs")
     rows, summaries = _compare(job, base, shared, known, runs, power, folder)
     replays = _replays(folder)
@@ -127,7 +129,8 @@ def _measure(
     set_aside(folder / "runs", "*/run.json")
     with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs"):
         settings = gateway_settings(base, shared, live, folder / "runs")
-        check_versions({server.spec.name: server.spec.steps_path for server in live.all_servers}, known)
+        started = [server.spec for server in live.all_servers]
+        check_versions({spec.name: logged_version(spec.steps_path) for spec in started}, known)
         with GatewayProcess(settings, folder / "runs") as gateway:
             for repeat in range(job.repeats):
                 standings = check_all(live, base.fleet, shared, job.workload, job.seed + repeat, say)
@@ -187,14 +190,17 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     return {name: value}
 
 
-def check_versions(step_logs: Mapping[str, Path], known: FleetCalibration) -> None:
+def logged_version(step_log: Path) -> str:
+    """The vLLM of a server. Its recorder writes it when the engine starts, before the server is ready."""
+    return str(read_step_log(step_log).meta["vllm_version"])
+
+
+def check_versions(versions: Mapping[str, str], known: FleetCalibration) -> None:
     """Raise ConfigError when a server runs another vLLM than the calibration was made with.
 
-    step_logs: by server the file of its recorder, whose first line names the version; it is written when
-    the engine starts, long before the server says that it is ready.
+    versions: by server; of a stored run those that it was measured with.
     """
-    for name, path in step_logs.items():
-        version = str(read_step_log(path).meta["vllm_version"])
+    for name, version in versions.items():
         if version != known.vllm_version:
             raise ConfigError(
                 f"expert {name} runs vLLM {version}, its calibration was made with {known.vllm_version}: "

@@ -4,13 +4,14 @@ Two servers on one host share caches, memory bandwidth and whatever cores their 
 gateway and the client run on. A calibration is made with the others idle: its front ends then have a
 core of their own. Here what busy neighbours add is fitted to steps recorded under common load:
 
-    period / slowed = alone * (base + sum over others of slowdown[other] * share of the step they ran)
-                      + share * (row_s * sampled rows + request_s * prefill chunks)
+    period / slowed = alone * (1 + felt * sum over others of slowdown[other] * share of the step they ran)
 
-Others are all replicas of other experts and the other ones of its own, each for itself: two that run
-all the time count twice. Steps of all of the expert's replicas make the fit. row_s is the front ends',
-the gateway's and the client's work for one token, as far as it pushes the engine off its core; request_s
-the same for a new request. slowed is what the host's speed makes of the step (`sensitivity`).
+felt is the exponent with which the step feels a slow host (`sensitivity`): a neighbour is one more user of
+the same memory and caches, and one that matters less to a step that computes. Others are all replicas of
+other experts and the other ones of its own, each for itself: two that run all the time count twice. Steps
+of all of the expert's replicas make the fit. slowed is what the host's speed makes of the step, and what it
+did beyond the probe in that round of common load: a factor of the round's own, near 1. (A cost per row and
+per request beside the slowdowns predicted worse: it fitted the round.)
 
 The doubt of the fit is that of its moments: the same fit to blocks of a few seconds, drawn with
 replacement. What single steps do beyond the fit is kept as it came (`step_scatter`).
@@ -19,7 +20,7 @@ replacement. What single steps do beyond the fit is kept as it came (`step_scatt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from scipy.optimize import nnls
 
 from ersim.types import Batch, ReplicaState, StepTime
 from testbed.host_speed import SpeedTrace
-from testbed.sensitivity import ONE_ROW
+from testbed.sensitivity import ONE_ROW, Sensitivity, one_row_share
 from testbed.step_log import StepLog
 from testbed.step_scatter import ScatterPlayer, StepScatter, measure_scatter
 
@@ -35,6 +36,8 @@ FloatArray = npt.NDArray[np.float64]
 OUTLIER_RATIO = 5.0
 MIN_STEPS = 50
 BLOCK_S = 4.0  # longer than what disturbs consecutive steps, short enough for a dozen blocks
+BLOCK_STD, ROUND_STD = 0.07, 0.05  # relative, of the host beyond its probe: five profiles of two experts
+MOST_TURNS = 200
 REFITS = 40
 
 
@@ -61,17 +64,14 @@ def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> Floa
 
 @dataclass(frozen=True)
 class Contention:
-    """What common load adds to one expert's steps, see this module's head; seconds and factors.
+    """What common load adds to one expert's steps, see this module's head; factors.
 
     slowdowns: by the expert whose replica runs, its own name standing for its other replicas.
-    refits: the same fit to resampled blocks, each [base, slowdowns in order, row_s, request_s].
-    scatter: of single steps under common load.
+    refits: the slowdowns, in their order, fitted to resampled blocks. scatter: of single steps under
+    common load.
     """
 
-    base: float = 1.0
     slowdowns: Mapping[str, float] = field(default_factory=dict)
-    row_s: float = 0.0
-    request_s: float = 0.0
     refits: Sequence[Sequence[float]] = ()
     scatter: StepScatter = field(default_factory=StepScatter)
 
@@ -79,9 +79,8 @@ class Contention:
         """One of the refits in place of the fit; the fit itself when there are none."""
         if not self.refits:
             return self
-        base, *slowdowns, row_s, request_s = self.refits[int(rng.integers(len(self.refits)))]
-        named = dict(zip(self.slowdowns, slowdowns, strict=True))
-        return replace(self, base=base, slowdowns=named, row_s=row_s, request_s=request_s)
+        refit = self.refits[int(rng.integers(len(self.refits)))]
+        return replace(self, slowdowns=dict(zip(self.slowdowns, refit, strict=True)))
 
 
 def neighbours(name: str, replicas: Mapping[str, int]) -> list[str]:
@@ -118,11 +117,15 @@ def fit_contention(
     alone: StepTime,
     slow: Sequence[FloatArray] | None = None,
     seed: int = 0,
+    rounds_s: Sequence[float] = (),
+    sensitivity: Sensitivity | None = None,
 ) -> Contention:
     """Contention of one expert, from steps of all its replicas under common load; too few steps give none.
 
     logs: of every expert's replicas. alone: the step time of `name`. slow: factor of the host's speed on
-    each step of its replicas, shape (steps,) each; None is 1. seed: of the refits.
+    each step of its replicas, shape (steps,) each; None is 1. seed: of the refits. rounds_s: when the rounds
+    of common load began, on the logs' clock; none make one round of all. sensitivity: of the expert's steps;
+    None: all feel a neighbour alike.
     """
     names = neighbours(name, {other: len(its) for other, its in logs.items()})
     if sum(len(log.steps) for log in logs[name]) < MIN_STEPS:
@@ -134,44 +137,73 @@ def fit_contention(
     ]
     batches = [batch for row in rows for batch in row.batches]
     measured, ends = (np.concatenate([getattr(row, key) for row in rows]) for key in ("measured_s", "ends_s"))
-    shares = [np.concatenate([row.shares[index] for row in rows]) for index in range(len(names))]
     told = np.array([alone.step_s(batch) for batch in batches])
-    matrix = _terms(told, shares, batches)
+    columns = [np.concatenate([row.shares[index] for row in rows]) for index in range(len(names))]
+    felt = (sensitivity or Sensitivity()).exponents(one_row_share(alone, told))
     keep = measured < OUTLIER_RATIO * np.median(measured / told) * told
-    weight = np.where(keep, 1.0 / np.sqrt(told), 0.0)  # between single steps (1/told) and sums (1)
-    weighted, wanted = matrix * weight[:, None], measured * weight
-    solution = nnls(weighted, wanted)[0]
-    base, *slowdowns, row_s, request_s = solution.tolist()
+    steps = CommonLoad(
+        told,
+        measured,
+        felt[:, None] * np.stack(columns, axis=1) if columns else np.zeros((len(told), 0)),
+        np.searchsorted(np.array(rounds_s[1:]), ends),
+        ends,
+    )
+    fitted, factors = steps.only(keep).fit()
+    modelled = told * (1.0 + steps.shares @ fitted) * factors[steps.rounds]
     return Contention(
-        base,
-        dict(zip(names, slowdowns, strict=True)),
-        row_s,
-        request_s,
-        _refits(weighted, wanted, ends, np.random.default_rng(seed)),
-        measure_scatter(measured, matrix @ solution, batches, keep),
+        dict(zip(names, fitted.tolist(), strict=True)),
+        _refits(steps.only(keep), np.random.default_rng(seed)),
+        measure_scatter(measured, modelled, batches, keep),
     )
 
 
-def _terms(told: FloatArray, shares: Sequence[FloatArray], batches: Sequence[Batch]) -> FloatArray:
-    """The fit's columns, shape (steps, 3 + neighbours)."""
-    busy = np.clip(np.sum(shares, axis=0), 0.0, 1.0) if shares else np.zeros(len(told))
-    rows = np.array([batch.sampled_seqs for batch in batches])
-    chunks = np.array([len(batch.prefills) for batch in batches])
-    return np.stack([told, *(told * share for share in shares), busy * rows, busy * chunks], axis=1)
+@dataclass(frozen=True)
+class CommonLoad:
+    """Steps of one expert; arrays over steps. shares: as felt, a column per neighbour; rounds: indices."""
+
+    told_s: FloatArray
+    measured_s: FloatArray
+    shares: FloatArray
+    rounds: npt.NDArray[np.int64]
+    ends_s: FloatArray
+
+    def only(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> CommonLoad:
+        """Some of the steps."""
+        return CommonLoad(*(getattr(self, item.name)[chosen] for item in fields(self)))
+
+    def fit(self) -> tuple[FloatArray, FloatArray]:
+        """(slowdown by neighbour, factor by round), each in turn until neither moves.
+
+        A round's factor is its mean ratio, drawn towards 1 as its blocks are few: they scatter by
+        `BLOCK_STD`, rounds by `ROUND_STD`.
+        """
+        factors = np.ones(int(self.rounds.max()) + 1)
+        weight = 1.0 / np.sqrt(self.told_s)  # between single steps (1/told) and sums (1)
+        matrix = self.told_s[:, None] * self.shares * weight[:, None]
+        members = [self.rounds == one for one in range(len(factors))]
+        blocks = np.array([self.measured_s[row].sum() / BLOCK_S for row in members])
+        trust = blocks / (blocks + (BLOCK_STD / ROUND_STD) ** 2)
+        for _ in range(MOST_TURNS):
+            slowdowns = nnls(matrix, (self.measured_s / factors[self.rounds] - self.told_s) * weight)[0]
+            modelled = self.told_s * (1.0 + self.shares @ slowdowns)
+            took = [(self.measured_s[row].sum(), modelled[row].sum()) for row in members]
+            before = factors
+            factors = np.array([real / told if told else 1.0 for real, told in took]) ** trust
+            if np.allclose(before, factors, rtol=0.0, atol=1e-6):
+                break
+        return slowdowns, factors
 
 
-def _refits(
-    matrix: FloatArray, wanted: FloatArray, ends_s: FloatArray, rng: np.random.Generator
-) -> list[list[float]]:
+def _refits(steps: CommonLoad, rng: np.random.Generator) -> list[list[float]]:
     """Fits to blocks of `BLOCK_S` seconds drawn with replacement; none below three blocks."""
-    block = ((ends_s - ends_s.min()) / BLOCK_S).astype(int)
+    block = ((steps.ends_s - steps.ends_s.min()) / BLOCK_S).astype(int)
     members = [np.flatnonzero(block == one) for one in np.unique(block)]
     if len(members) < 3:
         return []
     found = []
     for _ in range(REFITS):
         chosen = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        found.append([float(f"{value:.6g}") for value in nnls(matrix[chosen], wanted[chosen])[0]])
+        found.append([float(f"{value:.6g}") for value in steps.only(chosen).fit()[0]])
     return found
 
 
@@ -190,8 +222,13 @@ class ContendedStepTime:
         speed: SpeedTrace | None = None,
         scatter: ScatterPlayer | None = None,
         own: str | None = None,
+        sensitivity: Sensitivity | None = None,
     ) -> None:
-        """neighbours: names as in the contention's slowdowns. own: the expert's name, where it is one."""
+        """neighbours: names as in the contention's slowdowns. own: the expert's name, where it is one.
+
+        sensitivity: as in the fit of the contention.
+        """
+        self._felt = sensitivity or Sensitivity()
         self._alone = alone
         self._scatter = scatter
         self._known = contention
@@ -207,39 +244,31 @@ class ContendedStepTime:
         self._neighbours = neighbours
         self._clock = clock
 
-    def _now(self) -> tuple[float, bool]:
-        """(factor on the time alone, whether a neighbour runs)."""
-        factor, busy = self._known.base, False
+    def _slowdown(self) -> float:
+        """What those that run just now add to the time alone, as far as it is felt."""
+        slowed = 0.0
         for slowdown, itself, replicas in zip(self._slowdowns, self._itself, self._neighbours, strict=False):
             running = -itself  # of its own replicas one is the one that steps
             for replica in replicas:
                 if replica.running:
                     running += 1
-            if running > 0:
-                factor += slowdown * running
-                busy = True
-        return factor, busy
+            slowed += slowdown * max(running, 0)
+        return slowed
 
-    def _slowed(self, alone_s: float) -> float:
-        """What the host's present speed makes of a step that takes `alone_s` seconds otherwise."""
-        return 1.0 if self._speed is None else self._speed.slowed(self._clock(), self._one_row_s / alone_s)
+    def _mean_s(self, alone_s: float, slowdown: float) -> float:
+        """What neighbours and the host's present speed make of a step that takes `alone_s` seconds."""
+        share = self._one_row_s / alone_s
+        seconds = alone_s * (1.0 + self._felt.exponent(share) * slowdown)
+        return seconds if self._speed is None else seconds * self._speed.slowed(self._clock(), share)
 
     def step_s(self, batch: Batch) -> float:
         """Seconds of one step that starts now."""
-        factor, busy = self._now()
-        alone_s = self._alone.step_s(batch)
-        seconds = alone_s * factor
-        if busy:
-            seconds += self._known.row_s * batch.sampled_seqs + self._known.request_s * len(batch.prefills)
-        if self._scatter is not None:
-            seconds *= self._scatter.factor(batch)
-        return seconds * self._slowed(alone_s)
+        seconds = self._mean_s(self._alone.step_s(batch), self._slowdown())
+        return seconds if self._scatter is None else seconds * self._scatter.factor(batch)
 
     def decode_run_s(self, decode_seqs: int, context_tokens: int, context_max: int, steps: int) -> FloatArray:
         """Seconds of consecutive decode steps, all at the present contention and speed."""
-        factor, busy = self._now()
         alone = self._alone.decode_run_s(decode_seqs, context_tokens, context_max, steps)
-        seconds = alone * factor + (self._known.row_s * decode_seqs if busy else 0.0)
-        if self._scatter is not None:
-            seconds = seconds * self._scatter.decode_factors(steps)
-        return np.array([self._slowed(one) for one in alone.tolist()]) * seconds
+        slowdown = self._slowdown()
+        seconds = np.array([self._mean_s(alone_s, slowdown) for alone_s in alone.tolist()])
+        return seconds if self._scatter is None else seconds * self._scatter.decode_factors(steps)

@@ -78,7 +78,7 @@ def _wait(url: str) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(url, timeout=1).close()
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=1).close()
             return
         except (OSError, urllib.error.URLError):
             time.sleep(0.1)

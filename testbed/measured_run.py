@@ -90,6 +90,12 @@ def read_standings(folders: Sequence[Path]) -> dict[str, Standing]:
     return {name: together(list(by_repeat.values())) for name, by_repeat in checks.items()}
 
 
+def read_versions(folders: Sequence[Path]) -> dict[str, str]:
+    """The vLLM that every server ran, by name. Raises DataError when a run.json is damaged."""
+    engines = {name: meta for one in folders for name, meta in _stored(one).get("engines", {}).items()}
+    return {name: str(meta.get("vllm_version")) for name, meta in engines.items()}
+
+
 def _standing(folder: Path, item: Mapping[str, Any]) -> Standing:
     try:
         return Standing(**item)

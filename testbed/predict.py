@@ -24,6 +24,7 @@ from testbed.contention import ContendedStepTime, Contention, neighbours
 from testbed.fleet_calibration import FleetCalibration
 from testbed.host_speed import SpeedTrace
 from testbed.pooled import IdArray, Run, pooled_figures
+from testbed.sensitivity import Sensitivity
 from testbed.waits import add_waits
 
 ANOTHER_SEED = 104_729
@@ -70,7 +71,8 @@ def _step_times(
         moments = np.random.default_rng([config.seed + replication, 6, index, repeat])
         player = fitted.scatter.player(moments) if config.uncertainty.step_noise else None
         around = neighbours(name, replicas)
-        times.append(ContendedStepTime(alone, contention, around, speed.get(name), player, name))
+        felt = Sensitivity.of(model.calibration)
+        times.append(ContendedStepTime(alone, contention, around, speed.get(name), player, name, felt))
     return times
 
 

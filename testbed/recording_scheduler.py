@@ -41,6 +41,8 @@ class StepLog:
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "a", buffering=1 << 20)  # noqa: SIM115 (lives as long as the server)
+        if self._file.tell():
+            self._file.write("\n")  # the server before may have been killed in the middle of a line
         self._queue: deque[tuple[Any, ...]] = deque()
         self._stop = threading.Event()
         self._lock = threading.Lock()

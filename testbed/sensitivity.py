@@ -43,13 +43,22 @@ class Sensitivity:
     plain: float = 1.0
     reads: float = 0.0
 
+    def exponent(self, share: float) -> float:
+        """How a step feels whoever slows it; share: one_row_s / step_s, cut at 1 here."""
+        return self.plain + self.reads * min(1.0, share)
+
+    def exponents(self, share: FloatArray) -> FloatArray:
+        """The same for many steps, shape (steps,)."""
+        each: FloatArray = self.plain + self.reads * np.minimum(1.0, share)
+        return each
+
     def slowed(self, slowness: float, share: float) -> float:
-        """Factor on a step at a slowness; share: one_row_s / step_s, cut at 1 here."""
-        return float(slowness ** (self.plain + self.reads * min(1.0, share)))
+        """Factor on a step at a slowness of the host."""
+        return float(slowness ** self.exponent(share))
 
     def slowed_each(self, slowness: FloatArray, share: FloatArray) -> FloatArray:
         """The same for many steps, shape (steps,)."""
-        factors: FloatArray = slowness ** (self.plain + self.reads * np.minimum(1.0, share))
+        factors: FloatArray = slowness ** self.exponents(share)
         return factors
 
     @classmethod

@@ -44,6 +44,9 @@ class TokenStream:
         except json.JSONDecodeError:
             self.error = f"event is not JSON: {payload[:80]!r}"
             return 0
+        if not isinstance(event, dict):
+            self.error = f"event is not a JSON object: {payload[:80]!r}"
+            return 0
         return self._event(event)
 
     def _event(self, event: dict[str, Any]) -> int:

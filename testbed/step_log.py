@@ -143,19 +143,26 @@ def _parse_lines(path: Path) -> Iterator[list[Any]]:
         stream = open(path, encoding="utf-8")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise DataError(f"{path}: step log cannot be read ({error}); was the recorder on?") from error
+    cut: DataError | None = None
     with stream:
         for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
-                    return  # the server was cut off while writing its last line
-                raise DataError(
-                    f"{path}: line {number} is not JSON ({error.msg}); the file is damaged"
-                ) from None
+                if cut is not None:
+                    raise cut from None
+                cut = DataError(f"{path}: line {number} is not JSON ({error.msg}); the file is damaged")
+                continue
             if not isinstance(record, list) or not record:
                 raise DataError(f"{path}: line {number} must be a JSON array, got {line[:60]!r}")
+            if cut is not None and record[0] != "m":
+                raise cut
+            cut = None  # a server was killed while it wrote, and another one started
             yield record
+    if cut is not None and line.endswith("\n"):
+        raise cut  # else the server was cut off while writing its last line
 
 
 def _step(record: Sequence[Any]) -> LoggedStep:

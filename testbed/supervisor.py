@@ -51,7 +51,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
-def _parent_death_signal() -> Callable[[], None] | None:
+def parent_death_signal() -> Callable[[], None] | None:
     """What a child does first so that Linux sends it SIGTERM when its parent is killed; None elsewhere."""
     if sys.platform != "linux":
         return None
@@ -65,7 +65,7 @@ def supervise(command: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda got, _frame: os.write(wake_write, bytes([got])))
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_parent_death_signal()
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=parent_death_signal()
     )
     try:
         while process.poll() is None:

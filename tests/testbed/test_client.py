@@ -58,6 +58,12 @@ def request(number: int, tokens: int, **fields: Any) -> Request:
     return Request(number, 0, 0, tokens, 4, 4, **fields)
 
 
+def test_an_event_that_is_no_object_is_an_error_of_the_stream() -> None:
+    stream = TokenStream()
+    assert stream.feed(b"data: 5\n\ndata: [1]\n\n") == 0
+    assert stream.error is not None and "not a JSON object" in stream.error
+
+
 def test_prompts_have_exact_lengths_repeat_and_do_not_share() -> None:
     tokens = PromptTokens(32000, 1)
     first = tokens.ids(request(1, 100))

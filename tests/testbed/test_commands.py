@@ -29,7 +29,7 @@ from testbed.step_scatter import StepScatter
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = FleetCalibration(
     "f", {"a": "a.json"},
-    {"a": Contention(1.05, {"b": 0.1}, 0.001, 0.002, [[1.0, 0.2, 0.0, 0.0]], StepScatter([0.9, 1.1], [1.0]))},
+    {"a": Contention({"b": 0.1}, [[0.2]], StepScatter([0.9, 1.1], [1.0]))},
     {"network_s": 0.001, "base_s": 0.0002, "routing_s": 0.0004, "backend_network_s": 0.003},
     [3, 6], "0.32.0", [[0.001, 0.0, 0.001]],
 )  # fmt: skip
@@ -38,6 +38,14 @@ KNOWN = FleetCalibration(
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_loads_are_one_list_not_a_sweep() -> None:
@@ -180,3 +188,30 @@ def test_a_failed_measurement_is_a_failed_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError), failures_logged(job, "validate"):
         raise ConfigError("again")
     assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "from experiments import live; sys.argv = ['live']; live.main()",
+        "from experiments.gpu_session import finished; finished([sys.executable], 60.0)",
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+def test_what_a_killed_command_had_started_ends_with_it(tmp_path: Path, call: str) -> None:
+    child = tmp_path / "child"
+    number_file, part = tmp_path / "pid", tmp_path / "pid.part"
+    child.write_text(f"#!/bin/sh\necho $$ > {part}\nmv {part} {number_file}\nexec sleep 60\n")
+    child.chmod(0o755)
+    code = f"import sys; sys.executable = {str(child)!r}; {call}"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not number_file.exists():
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    number = int(number_file.read_text())
+    parent.kill()
+    parent.wait()
+    while runs(number):
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.05)

@@ -85,6 +85,19 @@ def test_a_cut_last_line_is_ignored_and_a_broken_one_is_named(tmp_path: Path) ->
         read_step_log(broken)
 
 
+def test_a_line_cut_by_a_kill_is_forgiven_when_another_server_follows(tmp_path: Path) -> None:
+    text = RECORDED.read_text()
+    again = tmp_path / "again.jsonl"
+    again.write_text(text[:-20] + "\n" + text)
+    assert len(read_step_log(again).steps) == len(read_step_log(RECORDED).steps)
+    again.write_text(text[:-20] + "\n" + text.split("\n", 1)[1])
+    with pytest.raises(DataError, match=r"again\.jsonl: line \d+ is not JSON"):
+        read_step_log(again)
+    again.write_text(text + "no JSON\n")
+    with pytest.raises(DataError, match=r"again\.jsonl: line \d+ is not JSON"):
+        read_step_log(again)
+
+
 def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="recorder"):
         read_step_log(tmp_path / "absent.jsonl")

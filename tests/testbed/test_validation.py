@@ -13,11 +13,21 @@ from ersim.errors import ConfigError
 from ersim.prepare import Preparations
 from ersim.results import Gaps, Window
 from experiments.live_schema import LiveConfig
-from experiments.validate import _bars_met, _errors, _failed, _predictions, _rows, check_versions, table
+from experiments.validate import (
+    _bars_met,
+    _errors,
+    _failed,
+    _predictions,
+    _rows,
+    check_versions,
+    logged_version,
+    table,
+)
 from testbed.contention import Contention
 from testbed.fleet_calibration import FleetCalibration
 from testbed.host_speed import SpeedTrace
 from testbed.live_run import level_config
+from testbed.measured_run import read_versions
 from testbed.pooled import answered
 from testbed.predict import predict_once
 from testbed.step_log import FORMAT
@@ -69,6 +79,16 @@ def test_requests_without_an_answer_are_counted_in_all_repeats() -> None:
 def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_load(tmp_path: Path) -> None:
     log = tmp_path / "a.steps.jsonl"
     log.write_text(json.dumps(["m", {"format": FORMAT, "vllm_version": "0.32.0"}]) + "\n")
-    check_versions({"a": log}, FleetCalibration("f", {}, {}, {}, vllm_version="0.32.0"))
+    versions = {"a": logged_version(log)}
+    check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.32.0"))
     with pytest.raises(ConfigError, match=r"a runs vLLM 0\.32\.0, its calibration was made with 0\.19\.0"):
-        check_versions({"a": log}, FleetCalibration("f", {}, {}, {}, vllm_version="0.19.0"))
+        check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.19.0"))
+
+
+def test_a_stored_run_names_the_vllm_it_was_measured_with(tmp_path: Path) -> None:
+    run = {"start_s": 0.0, "engines": {"a": {"vllm_version": "0.31.0"}, "b": {"vllm_version": "0.32.0"}}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    versions = read_versions([tmp_path])
+    assert versions == {"a": "0.31.0", "b": "0.32.0"}
+    with pytest.raises(ConfigError, match=r"a runs vLLM 0\.31\.0, its calibration was made with 0\.32\.0"):
+        check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.32.0"))
