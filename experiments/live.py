@@ -2,8 +2,8 @@
 
 ``python -m experiments.live [overrides]`` passes its arguments to both commands where they apply:
 ``users=``, ``seconds=``, ``warmup_s=``, ``repeats=`` and ``replications=`` to the validation,
-``live_plan=`` and ``plan.*`` to the profile, everything else to both. Whatever ends it, a killed shell
-included, ends the command that runs, and that one's servers.
+``live_plan=`` and ``plan.*`` to the profile, everything else to both. What ends or kills it ends the
+command that runs, and that one's servers.
 """
 
 from __future__ import annotations

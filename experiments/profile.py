@@ -52,7 +52,7 @@ from testbed.plan import check_plan
 from testbed.power import PowerSampler
 from testbed.profiling import Profiler, ProfileRun, cleared_steps, fit
 from testbed.sensitivity import Sensitivity, one_row_share, probe_s
-from testbed.standing import Standing, check_all
+from testbed.standing import Standing, check_all, together
 from testbed.step_log import StepLog, read_step_log
 from testbed.waits import extra_waits, gateway_medians, ways_s
 
@@ -173,7 +173,8 @@ def _together(
         slow = _slowed(name, logs[name], standings, model.calibration, alone)
         rounds_s = [run.load.start_s for run in runs]
         felt = Sensitivity.of(model.calibration)
-        contention[name] = fit_contention(name, logs, alone, slow, job.seed, rounds_s, felt)
+        steady = probe_s(model.calibration) is None  # a GPU
+        contention[name] = fit_contention(name, logs, alone, slow, job.seed, rounds_s, felt, steady)
     records = [record for run in runs for record in run.load.records]
     ways = ways_s(records, runs[-1].access, logs)
     known = FleetCalibration(
@@ -199,7 +200,8 @@ def _slowed(
     """Factor of the host's speed and of the server's start on each step, by replica."""
     found, felt = [], Sensitivity.of(calibration)
     for index, log in enumerate(logs):
-        stands = standings.get(replica_name(name, index, len(logs)), Standing())
+        checked = standings.get(replica_name(name, index, len(logs)))
+        stands = together([checked] if checked else [])
         told = np.array([alone.step_s(step.batch()) for step in log.steps])
         slow = slowness(log, probe_s(calibration))
         found.append(stands.factor * felt.slowed_each(slow, one_row_share(alone, told)))
@@ -214,7 +216,7 @@ def calibrated_fleet(fleet: FleetConfig, calibrations: dict[str, Calibration], f
 
 def contention_summary(item: Contention) -> dict[str, Any]:
     """The fitted figures, without refits and scatter."""
-    return {"slowdowns": dict(item.slowdowns)}
+    return {"base": item.base, "slowdowns": dict(item.slowdowns), "rounds": list(item.rounds)}
 
 
 def held_out_words(fit: Mapping[str, Any]) -> str:

@@ -204,7 +204,7 @@ def check_versions(versions: Mapping[str, str], known: FleetCalibration) -> None
         if version != known.vllm_version:
             raise ConfigError(
                 f"expert {name} runs vLLM {version}, its calibration was made with {known.vllm_version}: "
-                "profile again with ersim-profile, or install that version"
+                "measure or profile again, so that both run the same"
             )
 
 

@@ -4,14 +4,15 @@ Two servers on one host share caches, memory bandwidth and whatever cores their 
 gateway and the client run on. A calibration is made with the others idle: its front ends then have a
 core of their own. Here what busy neighbours add is fitted to steps recorded under common load:
 
-    period / slowed = alone * (1 + felt * sum over others of slowdown[other] * share of the step they ran)
+    period / slowed = base * alone * (1 + felt * sum over others of slowdown[other] * share they ran)
 
 felt is the exponent with which the step feels a slow host (`sensitivity`): a neighbour is one more user of
 the same memory and caches, and one that matters less to a step that computes. Others are all replicas of
 other experts and the other ones of its own, each for itself: two that run all the time count twice. Steps
 of all of the expert's replicas make the fit. slowed is what the host's speed makes of the step, and what it
-did beyond the probe in that round of common load: a factor of the round's own, near 1. (A cost per row and
-per request beside the slowdowns predicted worse: it fitted the round.)
+did beyond the probe in that round of common load (`common_load`). base is 1 on a host that is probed, since
+the time alone was measured on it; elsewhere it holds what gateway and front ends add. (A cost per row and per
+request beside the slowdowns predicted worse: it fitted the round.)
 
 The doubt of the fit is that of its moments: the same fit to blocks of a few seconds, drawn with
 replacement. What single steps do beyond the fit is kept as it came (`step_scatter`).
@@ -20,25 +21,20 @@ replacement. What single steps do beyond the fit is kept as it came (`step_scatt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from ersim.types import Batch, ReplicaState, StepTime
+from testbed.common_load import CommonLoad
 from testbed.host_speed import SpeedTrace
-from testbed.sensitivity import ONE_ROW, Sensitivity, one_row_share
+from testbed.sensitivity import ONE_ROW, OUTLIER_RATIO, Sensitivity, one_row_share
 from testbed.step_log import StepLog
 from testbed.step_scatter import ScatterPlayer, StepScatter, measure_scatter
 
 FloatArray = npt.NDArray[np.float64]
-OUTLIER_RATIO = 5.0
 MIN_STEPS = 50
-BLOCK_S = 4.0  # longer than what disturbs consecutive steps, short enough for a dozen blocks
-BLOCK_STD, ROUND_STD = 0.07, 0.05  # relative, of the host beyond its probe: five profiles of two experts
-MOST_TURNS = 200
-REFITS = 40
 
 
 def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> FloatArray:
@@ -67,20 +63,22 @@ class Contention:
     """What common load adds to one expert's steps, see this module's head; factors.
 
     slowdowns: by the expert whose replica runs, its own name standing for its other replicas.
-    refits: the slowdowns, in their order, fitted to resampled blocks. scatter: of single steps under
-    common load.
+    refits: [base, *slowdowns] fitted to other moments. scatter: of single steps under common load.
+    rounds: what the host did in each round of common load, as far as it could be told; for the record.
     """
 
     slowdowns: Mapping[str, float] = field(default_factory=dict)
     refits: Sequence[Sequence[float]] = ()
     scatter: StepScatter = field(default_factory=StepScatter)
+    base: float = 1.0
+    rounds: Sequence[float] = ()
 
     def drawn(self, rng: np.random.Generator) -> Contention:
         """One of the refits in place of the fit; the fit itself when there are none."""
         if not self.refits:
             return self
-        refit = self.refits[int(rng.integers(len(self.refits)))]
-        return replace(self, slowdowns=dict(zip(self.slowdowns, refit, strict=True)))
+        base, *slowdowns = self.refits[int(rng.integers(len(self.refits)))]
+        return replace(self, base=base, slowdowns=dict(zip(self.slowdowns, slowdowns, strict=True)))
 
 
 def neighbours(name: str, replicas: Mapping[str, int]) -> list[str]:
@@ -119,13 +117,14 @@ def fit_contention(
     seed: int = 0,
     rounds_s: Sequence[float] = (),
     sensitivity: Sensitivity | None = None,
+    steady: bool = False,
 ) -> Contention:
     """Contention of one expert, from steps of all its replicas under common load; too few steps give none.
 
     logs: of every expert's replicas. alone: the step time of `name`. slow: factor of the host's speed on
     each step of its replicas, shape (steps,) each; None is 1. seed: of the refits. rounds_s: when the rounds
     of common load began, on the logs' clock; none make one round of all. sensitivity: of the expert's steps;
-    None: all feel a neighbour alike.
+    None: all feel a neighbour alike. steady: nothing else disturbs the host (see `common_load`).
     """
     names = neighbours(name, {other: len(its) for other, its in logs.items()})
     if sum(len(log.steps) for log in logs[name]) < MIN_STEPS:
@@ -135,76 +134,39 @@ def fit_contention(
         Recorded.of(log, around, None if slow is None else slow[index])
         for index, log in enumerate(logs[name])
     ]
-    batches = [batch for row in rows for batch in row.batches]
-    measured, ends = (np.concatenate([getattr(row, key) for row in rows]) for key in ("measured_s", "ends_s"))
-    told = np.array([alone.step_s(batch) for batch in batches])
-    columns = [np.concatenate([row.shares[index] for row in rows]) for index in range(len(names))]
-    felt = (sensitivity or Sensitivity()).exponents(one_row_share(alone, told))
-    keep = measured < OUTLIER_RATIO * np.median(measured / told) * told
-    steps = CommonLoad(
-        told,
-        measured,
-        felt[:, None] * np.stack(columns, axis=1) if columns else np.zeros((len(told), 0)),
-        np.searchsorted(np.array(rounds_s[1:]), ends),
-        ends,
-    )
-    fitted, factors = steps.only(keep).fit()
-    modelled = told * (1.0 + steps.shares @ fitted) * factors[steps.rounds]
+    steps, batches = _common_load(rows, len(names), alone, sensitivity or Sensitivity(), rounds_s)
+    ratio = steps.measured_s / steps.told_s
+    keep = ratio < OUTLIER_RATIO * np.median(ratio)
+    kept = steps.only(keep)
+    fit = kept.fit_steady() if steady else kept.fit_rounds()
     return Contention(
-        dict(zip(names, fitted.tolist(), strict=True)),
-        _refits(steps.only(keep), np.random.default_rng(seed)),
-        measure_scatter(measured, modelled, batches, keep),
+        dict(zip(names, fit.slowdowns.tolist(), strict=True)),
+        kept.refits(fit, steady, np.random.default_rng(seed)),
+        measure_scatter(steps.measured_s, steps.modelled_s(fit), batches, keep),
+        fit.base,
+        fit.factors.round(4).tolist(),
     )
 
 
-@dataclass(frozen=True)
-class CommonLoad:
-    """Steps of one expert; arrays over steps. shares: as felt, a column per neighbour; rounds: indices."""
-
-    told_s: FloatArray
-    measured_s: FloatArray
-    shares: FloatArray
-    rounds: npt.NDArray[np.int64]
-    ends_s: FloatArray
-
-    def only(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> CommonLoad:
-        """Some of the steps."""
-        return CommonLoad(*(getattr(self, item.name)[chosen] for item in fields(self)))
-
-    def fit(self) -> tuple[FloatArray, FloatArray]:
-        """(slowdown by neighbour, factor by round), each in turn until neither moves.
-
-        A round's factor is its mean ratio, drawn towards 1 as its blocks are few: they scatter by
-        `BLOCK_STD`, rounds by `ROUND_STD`.
-        """
-        factors = np.ones(int(self.rounds.max()) + 1)
-        weight = 1.0 / np.sqrt(self.told_s)  # between single steps (1/told) and sums (1)
-        matrix = self.told_s[:, None] * self.shares * weight[:, None]
-        members = [self.rounds == one for one in range(len(factors))]
-        blocks = np.array([self.measured_s[row].sum() / BLOCK_S for row in members])
-        trust = blocks / (blocks + (BLOCK_STD / ROUND_STD) ** 2)
-        for _ in range(MOST_TURNS):
-            slowdowns = nnls(matrix, (self.measured_s / factors[self.rounds] - self.told_s) * weight)[0]
-            modelled = self.told_s * (1.0 + self.shares @ slowdowns)
-            took = [(self.measured_s[row].sum(), modelled[row].sum()) for row in members]
-            before = factors
-            factors = np.array([real / told if told else 1.0 for real, told in took]) ** trust
-            if np.allclose(before, factors, rtol=0.0, atol=1e-6):
-                break
-        return slowdowns, factors
-
-
-def _refits(steps: CommonLoad, rng: np.random.Generator) -> list[list[float]]:
-    """Fits to blocks of `BLOCK_S` seconds drawn with replacement; none below three blocks."""
-    block = ((steps.ends_s - steps.ends_s.min()) / BLOCK_S).astype(int)
-    members = [np.flatnonzero(block == one) for one in np.unique(block)]
-    if len(members) < 3:
-        return []
-    found = []
-    for _ in range(REFITS):
-        chosen = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        found.append([float(f"{value:.6g}") for value in steps.only(chosen).fit()[0]])
-    return found
+def _common_load(
+    rows: Sequence[Recorded],
+    neighbours: int,
+    alone: StepTime,
+    sensitivity: Sensitivity,
+    rounds_s: Sequence[float],
+) -> tuple[CommonLoad, list[Batch]]:
+    """The steps of all replicas for the fit, and their batches."""
+    batches = [batch for row in rows for batch in row.batches]
+    measured_s, ends_s = (
+        np.concatenate([getattr(row, key) for row in rows]) for key in ("measured_s", "ends_s")
+    )
+    told_s = np.array([alone.step_s(batch) for batch in batches])
+    shares = np.zeros((len(told_s), neighbours))
+    for index in range(neighbours):
+        shares[:, index] = np.concatenate([row.shares[index] for row in rows])
+    felt = sensitivity.exponents(one_row_share(alone, told_s))
+    rounds = np.searchsorted(np.array(rounds_s[1:]), ends_s)
+    return CommonLoad(told_s, measured_s, felt[:, None] * shares, rounds, ends_s), batches
 
 
 class ContendedStepTime:
@@ -258,7 +220,7 @@ class ContendedStepTime:
     def _mean_s(self, alone_s: float, slowdown: float) -> float:
         """What neighbours and the host's present speed make of a step that takes `alone_s` seconds."""
         share = self._one_row_s / alone_s
-        seconds = alone_s * (1.0 + self._felt.exponent(share) * slowdown)
+        seconds = self._known.base * alone_s * (1.0 + self._felt.exponent(share) * slowdown)
         return seconds if self._speed is None else seconds * self._speed.slowed(self._clock(), share)
 
     def step_s(self, batch: Batch) -> float:

@@ -16,7 +16,7 @@ from testbed.contention import Contention
 from testbed.step_scatter import StepScatter
 
 FORMAT = "ersim-fleet-calibration"
-VERSION = 4
+VERSION = 5
 FILE = "fleet.json"
 
 

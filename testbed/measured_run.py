@@ -69,9 +69,13 @@ def read_span_s(folder: Path) -> tuple[float, float]:
 def _stored(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "start_s" not in stored:
-            raise ValueError("no start_s")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or (
+            lacking := {"start_s", "end_s", "repeat", "engines"} - set(stored)
+        ):
+            raise ValueError(
+                "no JSON object" if not isinstance(stored, dict) else f"without {sorted(lacking)}"
+            )
         return stored
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not the run.json of a measured run ({error}); measure it again") from error
@@ -92,8 +96,8 @@ def read_standings(folders: Sequence[Path]) -> dict[str, Standing]:
 
 def read_versions(folders: Sequence[Path]) -> dict[str, str]:
     """The vLLM that every server ran, by name. Raises DataError when a run.json is damaged."""
-    engines = {name: meta for one in folders for name, meta in _stored(one).get("engines", {}).items()}
-    return {name: str(meta.get("vllm_version")) for name, meta in engines.items()}
+    engines = {name: meta for one in folders for name, meta in _stored(one)["engines"].items()}
+    return {name: str((meta or {}).get("vllm_version")) for name, meta in engines.items()}
 
 
 def _standing(folder: Path, item: Mapping[str, Any]) -> Standing:
@@ -125,7 +129,10 @@ def read_speed(
 
 def _steps(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path, columns=["end_s", "probe_s"])
+        frame = pd.read_parquet(path)
+        if lacking := {"end_s", "probe_s"} - set(frame):
+            raise ValueError(f"no column {', '.join(sorted(lacking))}")
+        return frame[["end_s", "probe_s"]]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not the steps of a measured run ({error}); measure it again") from error
 

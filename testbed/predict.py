@@ -57,8 +57,8 @@ def _step_times(
     replicas = {name: expert.replicas for name, expert in config.fleet.experts.items()}
     if replication:
         start = np.random.default_rng([config.seed + replication, 8])
-        run = np.random.default_rng([config.seed + replication, 9, repeat])
-        speed = {name: trace.drawn(start, run) for name, trace in speed.items()}
+        run = [config.seed + replication, 9, repeat]  # one host, which all experts of a run share
+        speed = {name: trace.drawn(start, np.random.default_rng(run)) for name, trace in speed.items()}
     for index, (name, expert) in enumerate(config.fleet.experts.items()):
         model = shared.expert(expert, f"fleet.experts.{name}")
         rng = np.random.default_rng([config.seed + replication, 5, index]) if replication else None

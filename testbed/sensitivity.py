@@ -21,16 +21,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import least_squares
+from scipy.optimize import lsq_linear
 
+from ersim.errors import DataError
 from ersim.steptime import Calibration
 from ersim.types import Batch, StepTime
 
 FloatArray = npt.NDArray[np.float64]
 PRIOR = (0.9, 0.5)  # plain, reads: of three profiles, see above
 PRIOR_STD = 0.3
-NOISE_STD = 0.07  # of the logarithm of step times over a block, beyond what the probe explains
+BLOCK_STD = 0.07  # of the logarithm of step times, beyond what the probe explains: the same profiles
 BLOCK_S = 4.0  # steps of one block are disturbed alike and count once
+TURNS = 20
 OUTLIER_RATIO = 5.0
 KEY = "host_sensitivity"  # in a calibration's provenance
 ONE_ROW = Batch(1, 1, 32, 32, (), 1)
@@ -65,7 +67,10 @@ class Sensitivity:
     def of(cls, calibration: Calibration) -> Sensitivity:
         """What a live calibration recorded; every step alike where it recorded none."""
         stored: Mapping[str, Any] = calibration.provenance.get(KEY) or {}
-        return cls(**stored)
+        try:
+            return cls(**stored)
+        except TypeError as error:
+            raise DataError(f"calibration {calibration.name}: {KEY}: {error}; profile again") from error
 
 
 def probe_s(calibration: Calibration) -> float | None:
@@ -94,12 +99,13 @@ def fit_sensitivity(
     x, y = np.log(slow[keep]), np.log(measured_s[keep] / told_s[keep])
     matrix = np.stack([np.ones(len(x)), x, share[keep] * x], axis=1)
     blocks = max(1.0, float(measured_s[keep].sum()) / BLOCK_S)
-    weight = np.sqrt(min(1.0, blocks / len(x))) / NOISE_STD
-
-    def residuals(found: FloatArray) -> FloatArray:
-        prior = (found[1:] - PRIOR) / PRIOR_STD
-        together: FloatArray = np.concatenate([weight * (matrix @ found - y), prior])
-        return together
-
-    _, plain, reads = least_squares(residuals, [0.0, *PRIOR], loss="soft_l1").x
-    return Sensitivity(round(float(plain), 4), round(float(reads), 4))
+    weight = np.sqrt(min(1.0, blocks / len(x)))
+    prior = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) / PRIOR_STD
+    found = np.array([0.0, *PRIOR])
+    for _ in range(TURNS):  # a step far off counts less, as under the loss sqrt(1 + z^2)
+        z = (y - matrix @ found) / BLOCK_STD
+        rows = weight * (1.0 + z**2) ** -0.25 / BLOCK_STD
+        together = np.concatenate([matrix * rows[:, None], prior])
+        wanted = np.concatenate([y * rows, np.array(PRIOR) / PRIOR_STD])
+        found = lsq_linear(together, wanted, bounds=([-np.inf, 0.0, 0.0], np.inf)).x
+    return Sensitivity(round(float(found[1]), 4), round(float(found[2]), 4))

@@ -25,6 +25,7 @@ from ersim.errors import DataError
 from ersim.prepare import Preparations
 from ersim.steptime import Calibration, load_model
 from ersim.types import StepTime
+from testbed.common_load import ROUND_STD
 from testbed.expert_server import ExpertServer
 from testbed.fleet import LiveFleet
 from testbed.plan import ProfilePlan
@@ -47,6 +48,9 @@ TRIMMED = 0.05  # of the ratios at either end: stalls
 CHECK_SEED = 500_000  # prompts of a check are nobody else's
 FLUSH_S = 1.0  # the recorder writes twice a second
 LEAST_DOUBT = 0.015  # of one check: four phases may agree by chance
+USUAL_WANDER = ROUND_STD  # relative, from round to round
+START_STD = 0.15  # relative, between starts: 0.85 to 1.19 in five measurements of two experts
+USUAL_CHECKS = 3  # as many checks' worth that is; three of one's own may agree by chance
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Standing:
 
     factor: on step times; doubt: its relative standard error, from the spread between phases or checks.
     steps: how many were seen. wander: relative standard deviation between checks of one start, which is
-    as far as a run may be from their mean.
+    as far as a run may be from their mean; few checks say little of it, and are held near what is usual.
     """
 
     factor: float = 1.0
@@ -65,17 +69,24 @@ class Standing:
 
 
 def together(standings: Sequence[Standing]) -> Standing:
-    """All checks of one start as one: each counts by its doubt, and their spread adds to it."""
+    """All checks of one start as one: each counts by its doubt, and their spread adds to it.
+
+    Starts are near 1 (`START_STD`): a doubtful check alone moves little. The checks' own doubt is no wander.
+    """
     if not standings:
         return Standing()
     logs = np.log([one.factor for one in standings])
-    weights = np.array([1.0 / (one.doubt**2 + LEAST_DOUBT**2) for one in standings])
-    mean = float(weights @ logs / weights.sum())
-    others = max(1, len(standings) - 1)
-    spread = float(weights @ (logs - mean) ** 2 / weights.sum()) / others  # the mean's variance, as seen
-    doubt = float(np.sqrt(max(1.0 / weights.sum(), spread)))
-    steps = sum(one.steps for one in standings)
-    return Standing(float(np.exp(mean)), doubt, steps, float(np.sqrt(spread * len(standings))))
+    doubts = np.array([one.doubt for one in standings])
+    weights = 1.0 / (doubts**2 + LEAST_DOUBT**2)
+    known = float(weights.sum()) + 1.0 / START_STD**2
+    mean = float(weights @ logs) / known
+    others = len(standings) - 1
+    variance = float(weights @ (logs - mean) ** 2 / weights.sum()) * len(standings) / max(1, others)
+    doubt = float(np.sqrt(max(1.0 / known, variance / len(standings) if others else 0.0)))
+    own = float(weights @ doubts**2 / weights.sum())
+    seen = others * max(0.0, variance - own)
+    wander = float(np.sqrt((seen + USUAL_CHECKS * USUAL_WANDER**2) / (others + USUAL_CHECKS)))
+    return Standing(float(np.exp(mean)), doubt, sum(one.steps for one in standings), wander)
 
 
 def check_standing(

@@ -56,7 +56,14 @@ def parent_death_signal() -> Callable[[], None] | None:
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up before the fork
-    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died meanwhile, and Linux will not say so any more
+            os._exit(1)
+
+    return ask
 
 
 def supervise(command: list[str]) -> int:

@@ -71,14 +71,35 @@ def test_contention_by_a_neighbour_is_recovered() -> None:
     log, other = contended(800)
     found = fit_contention("a", {"a": [log], "b": [other]}, Affine())
     assert found.slowdowns["b"] == pytest.approx(0.3, abs=0.01)
-    alone = StepLog(META, [], {})
-    doubled = [
-        dataclasses.replace(s, schedule_s=2 * s.schedule_s, updated_s=2 * s.updated_s) for s in log.steps
+    slow = {"a": [at_half_speed(log)], "b": [at_half_speed(other)]}
+    cleared = fit_contention("a", slow, Affine(), [np.full(800, 2.0)])
+    assert cleared.slowdowns["b"] == pytest.approx(0.3, abs=0.01), "a host at half its speed is no neighbour"
+    assert fit_contention("a", slow, Affine()).slowdowns["b"] > 0.5, "unless nobody knew"
+
+
+def at_half_speed(log: StepLog) -> StepLog:
+    steps = [
+        dataclasses.replace(one, schedule_s=2 * one.schedule_s, updated_s=2 * one.updated_s)
+        for one in log.steps
     ]
-    slowed = {"a": [StepLog(META, doubled, {})], "b": [alone]}
-    same = fit_contention("a", slowed, Affine(), [np.full(800, 2.0)])
-    plain = fit_contention("a", {"a": [log], "b": [alone]}, Affine())
-    assert same.scatter.decode == plain.scatter.decode, "a host at half its speed is no contention"
+    return StepLog(log.meta, steps, {})
+
+
+def test_an_expert_without_neighbours_has_scatter_only() -> None:
+    log, _ = contended(800)
+    found = fit_contention("a", {"a": [log]}, Affine())
+    assert found.slowdowns == {} and found.base == 1.0
+    assert len(found.scatter.decode) == 800 and all(refit == [1.0] for refit in found.refits)
+
+
+def test_what_gateway_and_front_end_add_is_kept_on_a_host_that_nobody_else_uses() -> None:
+    log, other = contended(800, np.full(800, 1.06))
+    found = fit_contention("a", {"a": [log], "b": [other]}, Affine(), steady=True)
+    assert found.base == pytest.approx(1.06, abs=0.005)
+    assert found.slowdowns["b"] == pytest.approx(0.3, abs=0.01)
+    assert all(refit[0] == pytest.approx(1.06, abs=0.01) for refit in found.refits) and found.refits
+    alone = fit_contention("a", {"a": [log]}, Affine(), steady=True)
+    assert alone.slowdowns == {} and 1.06 < alone.base < 1.06 * 1.3
 
 
 def test_steps_feel_a_neighbour_as_they_feel_the_host() -> None:
@@ -186,8 +207,30 @@ def test_refits_are_as_unsure_as_disturbed_moments_make_the_fit() -> None:
         factors = np.repeat(np.exp(rng.normal(0.0, 0.15, 40)), 50)
         found = fit_contention(*_one(contended(2000, factors)), seed=1)
         slowdowns.append(found.slowdowns["b"])
-        spreads.append(np.std([refit[0] for refit in found.refits]))
-    assert 0.5 < np.mean(spreads) / np.std(slowdowns) < 2.0
+        spreads.append(np.std([refit[1] for refit in found.refits]))
+    assert 0.5 < np.mean(spreads) / np.std(slowdowns) < 2.5
+
+
+def test_refits_know_that_rounds_have_moods() -> None:
+    """Four rounds of 15 s with moods of 5 %: other rounds' fits scatter as the refits of one of them do."""
+    rng = np.random.default_rng(5)
+    slowdowns, spreads = [], []
+    for _ in range(12):
+        moods = np.repeat(np.exp(rng.normal(0.0, 0.05, 4)), 500) * np.repeat(
+            np.exp(rng.normal(0.0, 0.07, 20)), 100
+        )
+        log, other = contended(2000, moods)
+        starts = [log.steps[first].schedule_s for first in (0, 500, 1000, 1500)]
+        found = fit_contention("a", {"a": [log], "b": [other]}, Affine(), rounds_s=starts)
+        slowdowns.append(found.slowdowns["b"])
+        spreads.append(np.std([refit[1] for refit in found.refits]))
+    assert 0.6 < np.mean(spreads) / np.std(slowdowns) < 2.0
+
+
+def test_a_draw_is_one_of_the_refits() -> None:
+    rng = np.random.default_rng(3)
+    factors = np.repeat(np.exp(rng.normal(0.0, 0.15, 40)), 50)
+    found = fit_contention(*_one(contended(2000, factors)), seed=1)
     drawn = {found.drawn(np.random.default_rng(seed)).slowdowns["b"] for seed in range(20)}
     assert len(drawn) > 5 and found.drawn(rng).scatter is found.scatter
 

@@ -7,9 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from ersim.config import ExpertConfig
 from ersim.steptime import load
 from ersim.steptime.calibration import CALIBRATION_DIR
+from testbed.profiling import PhaseTimes, ProfileRun, _alone, cleared_steps, fit
 from testbed.sensitivity import KEY, PRIOR, Sensitivity, fit_sensitivity, one_row_share, probe_s
+from testbed.step_log import LoggedStep, StepLog
 
 
 def steps(plain: float, reads: float, wobble: float, count: int = 6000) -> tuple[np.ndarray, ...]:
@@ -41,9 +44,15 @@ def test_without_a_probe_every_step_is_as_it_was() -> None:
 
 def test_stalls_do_not_move_the_fit() -> None:
     measured, told, share, slow = steps(0.9, 0.5, wobble=0.2)
-    measured[::50] *= 20.0
-    found = fit_sensitivity(measured, told, share, slow)
-    assert (found.plain, found.reads) == pytest.approx((0.9, 0.5), abs=0.1)
+    plain = fit_sensitivity(measured, told, share, slow)
+    stalled = (slow > 1.1) & (np.random.default_rng(0).random(len(slow)) < 0.15)
+    found = fit_sensitivity(np.where(stalled, 3.0 * measured, measured), told, share, slow)
+    assert (found.plain, found.reads) == pytest.approx((plain.plain, plain.reads), abs=0.1)
+
+
+def test_no_step_is_faster_on_a_slower_host() -> None:
+    found = fit_sensitivity(*steps(-0.8, 0.0, wobble=0.3))
+    assert found.plain >= 0.0 and found.reads >= 0.0
 
 
 def test_the_share_of_a_step_of_one_row_is_at_most_all_of_it() -> None:
@@ -63,3 +72,51 @@ def test_a_calibration_tells_what_its_profile_found() -> None:
     assert Sensitivity.of(known) == Sensitivity() and probe_s(known) is None, "no live profile"
     live = dataclasses.replace(known, provenance={"probe_s": 2e-4, KEY: {"plain": 0.8, "reads": 0.4}})
     assert Sensitivity.of(live) == Sensitivity(0.8, 0.4) and probe_s(live) == 2e-4
+
+
+def profiled(plain: float, reads: float, probed: bool = True) -> tuple[StepLog, ProfileRun]:
+    """A server alone, decode steps of 20 ms and 1 ms a row, on a host that wobbles by a fifth for seconds."""
+    rng, steps, clock = np.random.default_rng(4), [], 0.0
+    for number in range(4000):
+        if number % 80 == 0:
+            slow = float(np.exp(0.2 * rng.standard_normal()))
+        rows = (1, 4, 16, 64)[number // 20 % 4]
+        told = 0.02 + 0.001 * rows
+        took = told * slow ** (plain + reads * min(1.0, 0.021 / told)) if probed else told
+        context = rows * (32 + number % 20)
+        steps.append(
+            LoggedStep(
+                number, clock, clock + 1e-4, clock + took - 1e-4, clock + took, rows, 0, 1, rows, context,
+                32 + number % 20, (), (), (), rows, 1e-5, None, 2e-4 * slow if probed else None,
+            )
+        )  # fmt: skip
+        clock += took
+    meta = {
+        "async_scheduling": False, "vllm_version": "0.32.0", "num_blocks": 1000, "max_num_seqs": 128,
+        "max_num_batched_tokens": 2048, "max_model_len": 4096, "block_size": 16, "policy": "fcfs",
+        "enable_chunked_prefill": True, "enable_prefix_caching": True, "long_prefill_token_threshold": 0,
+        "watermark": 0.0, "scheduler_reserve_full_isl": True,
+    }  # fmt: skip
+    return StepLog(meta, steps, {}), ProfileRun([PhaseTimes("decode", -1.0, clock + 1.0, 1, 0)])
+
+
+def test_a_profile_is_fitted_to_what_steps_take_on_a_steady_host() -> None:
+    log, run = profiled(0.8, 0.6)
+    expert = ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu")
+    found = fit(expert, "tiny", log, run, None, "cpu", 0)
+    felt = Sensitivity.of(found)
+    assert felt.plain == pytest.approx(0.8, abs=0.1) and felt.reads == pytest.approx(0.6, abs=0.12)
+    assert found.fit["held_out_mape"] < 0.03
+    alone = _alone(found)
+    batches, cleared = cleared_steps(log, run, found, alone)
+    reference = probe_s(found)
+    assert reference is not None
+    at_reference = np.array([alone.step_s(batch) for batch in batches])
+    assert np.median(np.abs(cleared / at_reference - 1)) < 0.03
+
+
+def test_a_profile_without_probes_is_fitted_once_and_as_it_is() -> None:
+    log, run = profiled(0.8, 0.6, probed=False)
+    found = fit(ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu"), "tiny", log, run, None, "cpu", 0)
+    assert Sensitivity.of(found) == Sensitivity() and probe_s(found) is None
+    assert found.fit["held_out_mape"] < 0.01

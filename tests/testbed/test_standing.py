@@ -20,7 +20,7 @@ from testbed.measured_run import read_span_s, read_speed, read_standings, steps_
 from testbed.plan import check_plan, phases
 from testbed.profiling import PhaseTimes, ProfileRun
 from testbed.sensitivity import KEY, Sensitivity
-from testbed.standing import CHECK, LEAST_DOUBT, Standing, standing, together
+from testbed.standing import CHECK, LEAST_DOUBT, USUAL_WANDER, Standing, standing, together
 from testbed.step_log import LoggedStep, StepLog
 
 META = {"async_scheduling": False}
@@ -87,14 +87,24 @@ def test_the_doubt_is_the_spread_between_phases() -> None:
 def test_checks_of_one_start_count_by_their_doubt() -> None:
     calm, wild = Standing(0.85, 0.01, 100), Standing(1.3, 0.17, 100)
     both = together([calm, wild, calm])
-    assert both.factor == pytest.approx(0.85, rel=0.01) and both.steps == 300
+    assert both.factor == pytest.approx(0.855, rel=0.01) and both.steps == 300
     assert both.doubt < 0.03
     apart = together([Standing(0.9, 0.01), Standing(1.1, 0.01)])
     assert apart.factor == pytest.approx(0.995, abs=0.005)
     assert apart.doubt == pytest.approx(0.1, rel=0.01), "their spread counts"
-    assert apart.wander == pytest.approx(np.std(np.log([0.9, 1.1]), ddof=1))
-    assert together([calm]) == Standing(0.85, pytest.approx(np.hypot(0.01, LEAST_DOUBT)), 100, 0.0)
+    assert together([calm]).doubt == pytest.approx(np.hypot(0.01, LEAST_DOUBT), rel=0.01)
+    assert 1.0 < together([wild]).factor < 1.15, "one doubtful check moves little"
     assert together([]) == Standing()
+
+
+def test_wander_is_what_checks_differ_beyond_their_doubt_and_near_what_is_usual() -> None:
+    many = together([Standing(factor, 0.01) for factor in (0.9, 1.1) * 40])
+    assert many.wander == pytest.approx(np.std(np.log([0.9, 1.1])), rel=0.03), "what was seen"
+    rng = np.random.default_rng(0)
+    doubtful = together([Standing(float(np.exp(rng.normal(0.0, 0.03))), 0.03) for _ in range(80)])
+    assert doubtful.wander < 0.02, "doubt is no wander"
+    assert together([Standing(0.85, 0.01)]).wander == pytest.approx(USUAL_WANDER)
+    assert together([Standing(0.85, 0.01)] * 3).wander < USUAL_WANDER
 
 
 def test_a_check_without_steps_is_an_error() -> None:
@@ -127,7 +137,7 @@ def test_a_stored_run_keeps_its_probes_and_every_round_its_checks(tmp_path: Path
             folder = tmp_path / f"u{users}r{repeat}"
             folder.mkdir()
             checked = {"a": dataclasses.asdict(Standing(factor, 0.03, 50))}
-            run = {"repeat": repeat, "start_s": 3.0, "end_s": 9.0, "standings": checked}
+            run = {"repeat": repeat, "start_s": 3.0, "end_s": 9.0, "engines": {}, "standings": checked}
             (folder / "run.json").write_text(json.dumps(run))
             frame.to_parquet(folder / "steps_a.parquet")
     folders = sorted(tmp_path.iterdir())
@@ -152,7 +162,17 @@ def test_damaged_or_old_runs_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(DataError, match=r"run\.json: not the run\.json of a measured run"):
         read_standings([tmp_path])
-    old = {"repeat": 0, "start_s": 0.0, "standings": {"a": {"factor": 1.0, "probe_s": 0.0002}}}
+    for damaged in ("5", "null", '{"start_s": 1.0}'):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"run\.json: not the run\.json of a measured run"):
+            read_standings([tmp_path])
+    old = {
+        "repeat": 0,
+        "start_s": 0.0,
+        "end_s": 1.0,
+        "engines": {},
+        "standings": {"a": {"factor": 1.0, "probe_s": 0.0002}},
+    }
     (tmp_path / "run.json").write_text(json.dumps(old))
     with pytest.raises(DataError, match=r"run\.json: measured by an earlier version .* measure it again"):
         read_standings([tmp_path])

@@ -86,7 +86,12 @@ def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_lo
 
 
 def test_a_stored_run_names_the_vllm_it_was_measured_with(tmp_path: Path) -> None:
-    run = {"start_s": 0.0, "engines": {"a": {"vllm_version": "0.31.0"}, "b": {"vllm_version": "0.32.0"}}}
+    run = {
+        "start_s": 0.0,
+        "end_s": 1.0,
+        "repeat": 0,
+        "engines": {"a": {"vllm_version": "0.31.0"}, "b": {"vllm_version": "0.32.0"}},
+    }
     (tmp_path / "run.json").write_text(json.dumps(run))
     versions = read_versions([tmp_path])
     assert versions == {"a": "0.31.0", "b": "0.32.0"}
