@@ -1,8 +1,9 @@
 """Simulates a live run: the same requests, the measured calibration, contention included.
 
 The requests are those of the live run in every replication (same workload seed); what varies is
-what we are unsure of: the coefficients of steps and of contention, what single steps do beyond them
-(`step_scatter`), and what requests wait for outside the engines (`waits`).
+what we are unsure of: the coefficients of steps and of contention, how fast this start of a server is and
+how far a run may be from that (`standing`), what single steps do beyond them (`step_scatter`), and what
+requests wait for outside the engines (`waits`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _step_times(
     speed: Speed,
     repeat: int,
 ) -> list[StepTime]:
-    """One step time per expert: coefficients by replication, scatter by replication and repeat."""
+    """One step time per expert: coefficients and starts by replication, scatter and the host by repeat too."""
     times: list[StepTime] = []
     replicas = {name: expert.replicas for name, expert in config.fleet.experts.items()}
     if replication:

@@ -3,8 +3,8 @@
 A probe (`host_speed`) and a step share a core, not a workload. A decode step of one row does little but
 read the weights, and whoever shares the memory slows it more than the probe, which is part arithmetic;
 a step of many rows computes, and is slowed less. In three profiles of two experts, logarithms of step
-times over medians of two seconds grew by 1.3 to 1.7 times the probe's at one row, 0.9 to 1.2 times at
-three and more. So a step that takes `step_s` takes, at a slowness of the host,
+times over medians of two seconds grew by 1.1 to 2.2 times the probe's at one row (median 1.4), by 0.9 to
+1.6 times at three and more (median 1.1). So a step that takes `step_s` takes, at a slowness of the host,
 
     step_s * slowness ** (plain + reads * min(1, one_row_s / step_s))
 

@@ -117,6 +117,8 @@ def test_a_profile_is_fitted_to_what_steps_take_on_a_steady_host() -> None:
 
 def test_a_profile_without_probes_is_fitted_once_and_as_it_is() -> None:
     log, run = profiled(0.8, 0.6, probed=False)
-    found = fit(ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu"), "tiny", log, run, None, "cpu", 0)
+    found = fit(
+        ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu"), "tiny", log, run, None, "cpu", 0
+    )
     assert Sensitivity.of(found) == Sensitivity() and probe_s(found) is None
     assert found.fit["held_out_mape"] < 0.01
