@@ -53,7 +53,7 @@ def _step_times(
     speed: Speed,
     repeat: int,
 ) -> list[StepTime]:
-    """One step time per expert: coefficients and starts by replication, scatter and the host by repeat too."""
+    """One step time per expert: coefficients and starts by replication, scatter and host by repeat too."""
     times: list[StepTime] = []
     replicas = {name: expert.replicas for name, expert in config.fleet.experts.items()}
     if replication:
