@@ -204,7 +204,7 @@ def _slowed(
         stands = together([checked] if checked else [])
         told = np.array([alone.step_s(step.batch()) for step in log.steps])
         slow = slowness(log, probe_s(calibration))
-        found.append(stands.factor * felt.slowed_each(slow, one_row_share(alone, told)))
+        found.append(felt.slowed_each(stands.factor * slow, one_row_share(alone, told)))
     return found
 
 

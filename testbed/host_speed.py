@@ -67,9 +67,9 @@ def slowness_of(probes: FloatArray, reference_s: float | None) -> FloatArray:
 class SpeedTrace:
     """How fast one expert's servers ran, on a run's clock.
 
-    bins: slowness of the host in bins of `BIN_S` seconds. factor, doubt, wander: of the servers' start, its
-    relative standard error, and how far single runs are from it (see `standing`). sensitivity: what steps
-    make of the host's slowness.
+    bins: slowness of the host in bins of `BIN_S` seconds. factor, doubt, wander: slowness of the
+    servers' start, its relative standard error, and how far single runs are from it (see `standing`).
+    sensitivity: what steps make of the host's slowness.
     """
 
     bins: Sequence[float]
@@ -100,7 +100,7 @@ class SpeedTrace:
 
     def slowed(self, now_s: float, share: float) -> float:
         """Factor on a step that starts at a moment; share: of a step of one row, see `sensitivity`."""
-        return self.factor * self.sensitivity.slowed(self.at(now_s), share)
+        return self.sensitivity.slowed(self.factor * self.at(now_s), share)
 
     @property
     def is_one(self) -> bool:

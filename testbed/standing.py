@@ -4,10 +4,11 @@ Two starts of one server on one machine differ. In one `make live` every step of
 took 25 % longer than in the start that had been profiled minutes before, in all runs alike, with the
 engine's thread on its core for 99 % of the time (where its weights came to lie in memory may be why).
 So before each round of runs every server answers a few fixed requests alone. What its steps take over
-what its calibration says, cleared of the host's speed at that moment, is its factor; no request of a
-run is looked at. All rounds of one start are one figure: a round that was disturbed has a large doubt,
-and counts little; how far they are apart goes into the intervals. Not used on GPUs, nor for the start
-that was profiled, which is its own measure.
+what its calibration says, cleared of the host's speed at that moment, is its slowness, felt by each
+step as the host's is (`sensitivity`): the start that took 1.36 times the calibrated time in decode
+steps took 1.25 times in prefill. No request of a run is looked at. All rounds of one start are one
+figure: a round that was disturbed has a large doubt, and counts little; how far they are apart goes
+into the intervals. Not used on GPUs, nor for the start that was profiled, which is its own measure.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ CHECK = ProfilePlan(
 TRIMMED = 0.05  # of the ratios at either end: stalls
 CHECK_SEED = 500_000  # prompts of a check are nobody else's
 FLUSH_S = 1.0  # the recorder writes twice a second
+LEAST_EXPONENT = 0.3  # a step that feels next to nothing tells nothing
 LEAST_DOUBT = 0.015  # of one check: four phases may agree by chance
 USUAL_WANDER = ROUND_STD  # relative, from round to round
 START_STD = 0.15  # relative, between starts: 0.85 to 1.19 in five measurements of two experts
@@ -57,9 +59,10 @@ USUAL_CHECKS = 3  # as many checks' worth that is; three of one's own may agree 
 class Standing:
     """One start of a server, measured over calibrated, both at the same speed of the host.
 
-    factor: on step times; doubt: its relative standard error, from the spread between phases or checks.
-    steps: how many were seen. wander: relative standard deviation between checks of one start, which is
-    as far as a run may be from their mean; few checks say little of it, and are held near what is usual.
+    factor: slowness of the start, multiplied with the host's; doubt: its relative standard error, from
+    the spread between phases or checks. steps: how many were seen. wander: relative standard deviation
+    between checks of one start, which is as far as a run may be from their mean; few checks say little
+    of it, and are held near what is usual.
     """
 
     factor: float = 1.0
@@ -134,7 +137,7 @@ def check_all(
             stands = check_standing(server, alone, model.calibration, vocab_size, workload, prompts)
             found[server.spec.name] = stands
             if say is not None:
-                say(f"{server.spec.name} alone: steps take {stands.factor:.3f} of the calibrated time")
+                say(f"{server.spec.name} alone: this start runs as on a host of slowness {stands.factor:.3f}")
     return found
 
 
@@ -160,8 +163,10 @@ def standing(
         except DataError:  # a phase without steps; none at all is an error below
             continue
         told = np.array([alone.step_s(batch) for batch in batches])
-        cleared = measured / felt.slowed_each(slow, one_row_share(alone, told))
-        ratios.append(float(trim_mean(cleared / told, TRIMMED)))
+        share = one_row_share(alone, told)
+        cleared = measured / felt.slowed_each(slow, share)
+        exponents = np.maximum(felt.exponents(share), LEAST_EXPONENT)
+        ratios.append(float(trim_mean((cleared / told) ** (1.0 / exponents), TRIMMED)))
     if not ratios:
         raise DataError(f"no step of the check was recorded ({run.failures or 'no request failed'})")
     factor = float(np.mean(ratios))

@@ -281,7 +281,7 @@ def test_contended_steps_cost_more_only_while_the_neighbour_runs() -> None:
     reading = SpeedTrace((2.0,), 1.5, sensitivity=Sensitivity(1.0, 0.5))
     felt = ContendedStepTime(Steady(), contention, ["b"], reading, sensitivity=Sensitivity(1.0, 0.5))
     felt.watch([[neighbour]], lambda: 0.0)
-    slowed = 0.02 * (1.0 + 1.25 * 0.3) * 1.5 * 2.0**1.25
+    slowed = 0.02 * (1.0 + 1.25 * 0.3) * 3.0**1.25
     assert felt.step_s(batch) == pytest.approx(slowed), "half of it reads weights"
     np.testing.assert_allclose(felt.decode_run_s(2, 20, 10, 3), [felt.step_s(batch)] * 3)
     player = StepScatter(decode=[1.5]).player(np.random.default_rng(0))

@@ -61,7 +61,7 @@ def test_a_trace_follows_the_run_and_fills_its_gaps() -> None:
 
 def test_a_trace_slows_steps_by_start_and_host_as_far_as_they_feel_it() -> None:
     trace = SpeedTrace((2.0,), factor=1.1, sensitivity=Sensitivity(1.0, 0.5))
-    assert trace.slowed(0.0, share=0.0) == pytest.approx(1.1 * 2.0)
-    assert trace.slowed(0.0, share=0.5) == pytest.approx(1.1 * 2.0**1.25)
-    assert trace.slowed(0.0, share=3.0) == trace.slowed(9.0, share=1.0) == pytest.approx(1.1 * 2.0**1.5)
+    assert trace.slowed(0.0, share=0.0) == pytest.approx(2.2)
+    assert trace.slowed(0.0, share=0.5) == pytest.approx(2.2**1.25)
+    assert trace.slowed(0.0, share=3.0) == trace.slowed(9.0, share=1.0) == pytest.approx(2.2**1.5)
     assert trace.median == pytest.approx(2.2)

@@ -74,7 +74,8 @@ def test_a_host_that_was_slow_during_the_check_is_not_the_start() -> None:
     assert stands.factor == pytest.approx(1.0)
     felt = Sensitivity(1.0, 0.5)  # every step is one of one row here
     stands = standing(log, phases_of(log, 1), Fixed(), 0.0002, felt)
-    assert stands.factor == pytest.approx(1.25**-0.5)
+    assert stands.factor == pytest.approx(1.25 ** (-0.5 / 1.5))
+    assert felt.slowed(1.25 * stands.factor, 1.0) == pytest.approx(1.25), "both together make the steps"
 
 
 def test_the_doubt_is_the_spread_between_phases() -> None:
