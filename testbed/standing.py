@@ -51,7 +51,7 @@ FLUSH_S = 1.0  # the recorder writes twice a second
 LEAST_EXPONENT = 0.3  # a step that feels next to nothing tells nothing
 LEAST_DOUBT = 0.015  # of one check: four phases may agree by chance
 USUAL_WANDER = ROUND_STD  # relative, from round to round
-START_STD = 0.15  # relative, between starts: 0.85 to 1.19 in five measurements of two experts
+START_STD = 0.15  # relative, between starts: 0.85 to 1.36 in six measurements of two experts
 USUAL_CHECKS = 3  # as many checks' worth that is; three of one's own may agree by chance
 
 
