@@ -50,11 +50,12 @@ from testbed.live_run import LiveRun, gateway_settings, level_config, run_level,
 from testbed.live_settings import read_live
 from testbed.plan import check_plan
 from testbed.power import PowerSampler
-from testbed.profiling import Profiler, ProfileRun, cleared_steps, fit
+from testbed.profile_fit import Profiled, cleared_steps, fit
+from testbed.profiling import Profiler, ProfileRun
 from testbed.sensitivity import Sensitivity, one_row_share, probe_s
 from testbed.standing import Standing, check_all, together
 from testbed.step_log import StepLog, read_step_log
-from testbed.waits import extra_waits, gateway_medians, ways_s
+from testbed.waits import extra_waits, gateway_medians, recorded_ways
 
 
 def profile(job: LiveConfig) -> dict[str, Any]:
@@ -101,7 +102,8 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
     log = read_step_log(server.spec.steps_path)
     device = read_live(expert.live, expert.precision, name, expert.gpu).device
     check_precision(expert.precision, log.meta.get("quantization"), f"fleet.experts.{name}")
-    calibration = fit(expert, f"{name}_{expert.precision}_live", log, run, power.log, device, job.seed)
+    kept = f"{name}_{expert.precision}_live"
+    calibration = fit(Profiled(expert, kept, log, run, device, job.seed, power.log))
     path = folder / f"{name}.json"
     save(calibration, path)
     if job.install:
@@ -175,8 +177,7 @@ def _together(
         felt = Sensitivity.of(model.calibration)
         steady = probe_s(model.calibration) is None  # a GPU
         contention[name] = fit_contention(name, logs, alone, slow, job.seed, rounds_s, felt, steady)
-    records = [record for run in runs for record in run.load.records]
-    ways = ways_s(records, runs[-1].access, logs)
+    ways = recorded_ways([run.load for run in runs], runs[-1].access, logs)
     known = FleetCalibration(
         fleet=job.fleet.name,
         calibrations={name: f"{name}.json" for name in calibrations},

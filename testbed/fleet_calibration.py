@@ -16,7 +16,7 @@ from testbed.contention import Contention
 from testbed.step_scatter import StepScatter
 
 FORMAT = "ersim-fleet-calibration"
-VERSION = 5
+VERSION = 6
 FILE = "fleet.json"
 
 
@@ -26,9 +26,9 @@ class FleetCalibration:
 
     calibrations: file name by expert, relative to this file. contention: by expert, what its
     neighbours cost it (see `contention`). gateway: network_s, base_s, backend_network_s and
-    routing_s, medians in seconds, and the ways they were made of. waits: by recorded request, what it
-    waited beyond them (see `waits`). users: the loads that were used and must not be used to validate.
-    vllm_version: of the servers.
+    routing_s, medians in seconds, and the ways they were made of. waits: by recorded request, how many were
+    under way and what it waited beyond the medians (see `waits`). users: the loads that were used and must
+    not be used to validate. vllm_version: of the servers.
     """
 
     fleet: str

@@ -13,8 +13,7 @@ from ersim.results import COMPLETED, REQUEST_COLUMNS, Gaps, Window, breakdown, s
 from ersim.types import Prompt
 from testbed.load import LoadResult, RequestRecord
 from testbed.power import PowerLog
-from testbed.profiling import request_tag
-from testbed.step_log import StepLog
+from testbed.step_log import StepLog, request_tag
 
 NAN = float("nan")
 

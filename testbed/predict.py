@@ -3,7 +3,7 @@
 The requests are those of the live run in every replication (same workload seed); what varies is
 what we are unsure of: the coefficients of steps and of contention, how fast this start of a server is and
 how far a run may be from that (`standing`), what single steps do beyond them (`step_scatter`), and what
-requests wait for outside the engines (`waits`).
+requests wait for outside the engines (`waits`), of which a profile records a hundred or two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from testbed.fleet_calibration import FleetCalibration
 from testbed.host_speed import SpeedTrace
 from testbed.pooled import IdArray, Run, pooled_figures
 from testbed.sensitivity import Sensitivity
-from testbed.waits import add_waits
+from testbed.waits import add_waits, resampled
 
 ANOTHER_SEED = 104_729
 LONGER = 1.5  # simulated over measured seconds: a slower prediction still ends the requests it is judged on
@@ -129,8 +129,9 @@ def predicted_summary(
     summaries = []
     for number in range(replications):
         rng = np.random.default_rng([config.seed + number, 7])
+        waits = resampled(known.waits, rng) if number else known.waits
         runs = [
-            _seen_by_clients(predict_once(config, shared, known, number, speed, repeat), config, known, rng)
+            _seen_by_clients(predict_once(config, shared, known, number, speed, repeat), config, waits, rng)
             for repeat, speed in enumerate(speeds)
         ]
         summaries.append(pooled_figures(runs, window, judged, config.objective))
@@ -138,13 +139,13 @@ def predicted_summary(
 
 
 def _seen_by_clients(
-    output: RunOutput, config: SimulationConfig, known: FleetCalibration, rng: np.random.Generator
+    output: RunOutput, config: SimulationConfig, waits: Sequence[Sequence[float]], rng: np.random.Generator
 ) -> Run:
     """Requests and gaps with recorded waits. Measured gateway time ends where the expert's front end begins,
     so the time that stands for those front ends (backend_network_s, both ways) is not counted as gateway."""
     frame = output.requests
     frame = frame.assign(gateway_s=frame["gateway_s"] - 2 * config.gateway.backend_network_s)
-    return add_waits(frame, known.waits, rng), output.gaps
+    return add_waits(frame, waits, rng), output.gaps
 
 
 def with_shares(summary: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from testbed.common_load import ROUND_STD
 from testbed.expert_server import ExpertServer
 from testbed.fleet import LiveFleet
 from testbed.plan import ProfilePlan
-from testbed.profiling import Profiler, ProfileRun, profile_steps
+from testbed.profile_fit import profile_steps
+from testbed.profiling import Profiler, ProfileRun
 from testbed.sensitivity import Sensitivity, one_row_share, probe_s
 from testbed.step_log import StepLog, read_step_log
 
@@ -159,14 +160,14 @@ def standing(
         if phase.name == "warmup" or phase.skipped is not None:
             continue
         try:
-            batches, measured, slow = profile_steps(log, ProfileRun([phase]), reference_s)
+            batches, measured_s, slow = profile_steps(log, ProfileRun([phase]), reference_s)
         except DataError:  # a phase without steps; none at all is an error below
             continue
-        told = np.array([alone.step_s(batch) for batch in batches])
-        share = one_row_share(alone, told)
-        cleared = measured / felt.slowed_each(slow, share)
+        told_s = np.array([alone.step_s(batch) for batch in batches])
+        share = one_row_share(alone, told_s)
+        cleared_s = measured_s / felt.slowed_each(slow, share)
         exponents = np.maximum(felt.exponents(share), LEAST_EXPONENT)
-        ratios.append(float(trim_mean((cleared / told) ** (1.0 / exponents), TRIMMED)))
+        ratios.append(float(trim_mean((cleared_s / told_s) ** (1.0 / exponents), TRIMMED)))
     if not ratios:
         raise DataError(f"no step of the check was recorded ({run.failures or 'no request failed'})")
     factor = float(np.mean(ratios))

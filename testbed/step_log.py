@@ -217,3 +217,8 @@ def read_step_log(path: Path) -> StepLog:
     if meta is None:
         raise DataError(f"{path}: no line with the engine's constants; the file is cut or no step log")
     return StepLog(meta, steps, requests)
+
+
+def request_tag(engine_id: str) -> str:
+    """The X-Request-Id inside vLLM's own id (`cmpl-<id>-<choice>-<random>`)."""
+    return engine_id.removeprefix("cmpl-").removeprefix("chatcmpl-").rsplit("-", 2)[0]

@@ -1,88 +1,121 @@
 """Where a request's time goes outside engine steps, and how unevenly.
 
 Gateway, front end and client are processes that wait for a core like any other: on a busy machine the
-median way takes two milliseconds and one in a hundred takes fifty. The simulator's gateway gets the
-medians; what each recorded request took beyond them is drawn for each simulated one and added to what
-its client sees. It moves no arrival at an engine: that would matter only to steps that are about to start.
+median way takes two milliseconds and one in a hundred takes fifty, more of them the more requests are
+under way. The simulator's gateway gets the medians; what a recorded request took beyond them, one that was
+sent among as many others, is drawn for each simulated one and added to what its client sees. It moves no
+arrival at an engine: that would matter only to steps that are about to start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from testbed.load import RequestRecord
-from testbed.profiling import request_tag
-from testbed.step_log import StepLog
+from testbed.load import LoadResult
+from testbed.step_log import StepLog, request_tag
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 WAYS = ("to", "routing", "base", "in", "out", "back")
 """Client to gateway, policy, rest of the gateway's work, gateway to engine, engine to gateway, to client."""
 INBOUND = (0, 1, 2, 3)
 OUTBOUND = (4, 5)
 GATEWAY = (0, 1, 2, 5)  # what the client's and the gateway's clocks show, see `testbed.measured`
 DIGITS = 6
+ALIKE = 30  # recorded requests, at least, that one is drawn from: the nearest by how many were under way
 
 
-def ways_s(
-    records: Sequence[RequestRecord],
+@dataclass(frozen=True)
+class Ways:
+    """Recorded requests. seconds: on each of the `WAYS`, shape (requests, 6), NaN where it cannot be told.
+
+    under_way: requests that had been sent and not ended when each was sent, itself included.
+    """
+
+    seconds: FloatArray
+    under_way: IntArray
+
+
+def requests_under_way(sent_s: FloatArray, ended_s: FloatArray) -> IntArray:
+    """How many had been sent and not ended at the moment each was sent, itself included; inf: never ended."""
+    begun = np.searchsorted(np.sort(sent_s), sent_s, side="right")
+    over = np.searchsorted(np.sort(ended_s), sent_s, side="right")
+    return begun - over
+
+
+def recorded_ways(
+    loads: Sequence[LoadResult],
     access: Mapping[str, Mapping[str, Any]],
     logs: Mapping[str, Sequence[StepLog]],
-) -> FloatArray:
-    """Seconds on each of the `WAYS` by request, shape (requests, 6); NaN where it cannot be told.
+) -> Ways:
+    """The ways of all requests that ended in several runs, where gateway and recorder saw them.
 
-    logs: of every expert's replicas. The way into an engine shows only while no step runs: a running one
-    lets nobody in.
+    access: the gateway's log by tag. logs: of every expert's replicas. The way into an engine shows only
+    while no step runs: a running one lets nobody in.
     """
     servers = {(name, index): log for name, its in logs.items() for index, log in enumerate(its)}
-    added = {request_tag(r.request_id): r for log in servers.values() for r in log.requests.values()}
+    added_s = {
+        request_tag(r.request_id): r.added_s for log in servers.values() for r in log.requests.values()
+    }
     engines = {
         server: (log.ends_s(), np.array([step.schedule_s for step in log.steps]))
         for server, log in servers.items()
     }
-    rows = []
-    for record in records:
-        gate = access.get(record.tag)
-        if gate is None or record.first_s is None or gate["first_in_s"] is None:
-            continue
-        engine = engines.get((record.expert or "", record.replica))
-        if engine is None:
-            continue
-        ends, starts = engine
-        inbound = gate["submitted_s"] - gate["received_s"] - gate["queued_s"]
-        way_in = way_out = np.nan
-        step = int(np.searchsorted(ends, gate["first_in_s"])) - 1
-        if step >= 0:
-            way_out = gate["first_in_s"] - ends[step]
-        request = added.get(record.tag)
-        if request is not None:
-            before = int(np.searchsorted(starts, request.added_s)) - 1
-            if before < 0 or ends[before] < gate["submitted_s"]:
-                way_in = request.added_s - gate["submitted_s"]
-        rows.append(
-            (
-                gate["received_s"] - record.send_s,
-                gate["routing_s"],
-                inbound - gate["routing_s"],
-                way_in,
-                way_out,
-                record.first_s - gate["first_in_s"],
-            )
-        )
-    return np.array(rows, dtype=np.float64).reshape(-1, len(WAYS))
+    rows, counts = [], []
+    for load in loads:
+        for record, under_way in zip(load.records, _under_way(load), strict=True):
+            gate = access.get(record.tag)
+            engine = engines.get((record.expert or "", record.replica))
+            if gate is None or engine is None or record.first_s is None or gate["first_in_s"] is None:
+                continue
+            to_s = gate["received_s"] - record.send_s
+            inbound_s = gate["submitted_s"] - gate["received_s"] - gate["queued_s"]
+            base_s = inbound_s - gate["routing_s"]
+            back_s = record.first_s - gate["first_in_s"]
+            engine_s = _engine_ways_s(gate, added_s.get(record.tag), *engine)
+            rows.append((to_s, gate["routing_s"], base_s, *engine_s, back_s))
+            counts.append(under_way)
+    return Ways(np.array(rows, dtype=np.float64).reshape(-1, len(WAYS)), np.array(counts, dtype=np.int64))
 
 
-def gateway_medians(ways: FloatArray) -> dict[str, float]:
+def _under_way(load: LoadResult) -> list[int]:
+    """By record of a load; who failed is taken to have ended at once."""
+    known = [*load.records, *load.under_way]
+    sent_s = np.array([record.send_s for record in known])
+    ended_s = [record.send_s if record.last_s is None else record.last_s for record in load.records]
+    never = [np.inf] * len(load.under_way)
+    counts: list[int] = requests_under_way(sent_s, np.array(ended_s + never)).tolist()
+    return counts[: len(load.records)]
+
+
+def _engine_ways_s(
+    gate: Mapping[str, Any], added_s: float | None, ends_s: FloatArray, starts_s: FloatArray
+) -> tuple[float, float]:
+    """Gateway to engine and back, seconds; added_s: when the engine took the request, None: not recorded."""
+    way_in_s = way_out_s = np.nan
+    step = int(np.searchsorted(ends_s, gate["first_in_s"])) - 1
+    if step >= 0:
+        way_out_s = gate["first_in_s"] - ends_s[step]
+    if added_s is not None:
+        before = int(np.searchsorted(starts_s, added_s)) - 1
+        if before < 0 or ends_s[before] < gate["submitted_s"]:
+            way_in_s = added_s - gate["submitted_s"]
+    return way_in_s, way_out_s
+
+
+def gateway_medians(ways: Ways) -> dict[str, float]:
     """Medians in the terms of the simulator's gateway, seconds.
 
     It has one network time each way on either side; a way out and a way back that differ are split
     evenly, which leaves their sum, and so every latency, right.
     """
-    median = dict(zip(WAYS, _medians(ways), strict=True))
+    median = dict(zip(WAYS, _medians(ways.seconds), strict=True))
     return {
         "network_s": (median["to"] + median["back"]) / 2,
         "base_s": max(0.0, median["base"]),
@@ -95,30 +128,52 @@ def gateway_medians(ways: FloatArray) -> dict[str, float]:
     }
 
 
-def extra_waits(ways: FloatArray) -> list[list[float]]:
-    """By request [inbound, outbound, gateway] seconds beyond the medians; an unknown way counts as median."""
-    beyond = np.nan_to_num(ways - np.array(_medians(ways)))
-    sums = np.stack([beyond[:, list(group)].sum(axis=1) for group in (INBOUND, OUTBOUND, GATEWAY)], axis=1)
-    waits: list[list[float]] = sums.round(DIGITS).tolist()
+def extra_waits(ways: Ways) -> list[list[float]]:
+    """By request [requests under way, inbound, outbound, gateway]: seconds beyond the medians.
+
+    An unknown way counts as median.
+    """
+    beyond_s = np.nan_to_num(ways.seconds - np.array(_medians(ways.seconds)))
+    sums_s = [beyond_s[:, list(group)].sum(axis=1) for group in (INBOUND, OUTBOUND, GATEWAY)]
+    waits: list[list[float]] = np.column_stack([ways.under_way, *sums_s]).round(DIGITS).tolist()
     return waits
+
+
+def resampled(waits: Sequence[Sequence[float]], rng: np.random.Generator) -> Sequence[Sequence[float]]:
+    """As many waits, drawn with replacement: what another recording of the same load might have shown."""
+    return [waits[index] for index in rng.integers(len(waits), size=len(waits))] if waits else waits
 
 
 def add_waits(
     requests: pd.DataFrame, waits: Sequence[Sequence[float]], rng: np.random.Generator
 ) -> pd.DataFrame:
-    """Requests with one recorded request's waits added to each; as they are when none were recorded.
+    """Requests with a recorded request's waits added to each; as they are when none were recorded.
 
-    Inbound waits delay first and last token, outbound ones the first (the last of an answer of one).
+    The recorded one was sent among as many others (see `ALIKE`). Inbound waits delay first and last token,
+    outbound ones the first (the last of an answer of one).
     """
     if not len(waits):
         return requests
-    drawn = np.array(waits)[rng.integers(len(waits), size=len(requests))]
-    inbound, outbound, gateway = drawn.T
+    known = np.array(waits)
+    ended_s = requests["last_token_s"].fillna(requests["send_s"]).to_numpy()
+    under_way = requests_under_way(requests["send_s"].to_numpy(), ended_s)
+    inbound, outbound, gateway = known[_drawn_alike(under_way, known[:, 0], rng), 1:].T
     single = (requests["output_tokens"] <= 1).to_numpy()
     first = requests["first_token_s"] + inbound + outbound
     last = np.where(single, first, np.maximum(requests["last_token_s"] + inbound, first))
     gateway_s = np.maximum(requests["gateway_s"] + gateway, 0.0)
     return requests.assign(first_token_s=first, last_token_s=last, gateway_s=gateway_s)
+
+
+def _drawn_alike(wanted: IntArray, recorded: FloatArray, rng: np.random.Generator) -> IntArray:
+    """By request the index of a recorded one with about as many under way, shape as wanted."""
+    drawn = np.empty(len(wanted), dtype=np.int64)
+    for count in np.unique(wanted):
+        apart = np.abs(recorded - count)
+        nearest = np.flatnonzero(apart <= np.sort(apart)[min(ALIKE, len(apart)) - 1])
+        asking = wanted == count
+        drawn[asking] = rng.choice(nearest, size=int(asking.sum()))
+    return drawn
 
 
 def _medians(ways: FloatArray) -> list[float]:

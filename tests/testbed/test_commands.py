@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ KNOWN = FleetCalibration(
     "f", {"a": "a.json"},
     {"a": Contention({"b": 0.1}, [[1.0, 0.2]], StepScatter([0.9, 1.1], [1.0]), 1.1, [0.98])},
     {"network_s": 0.001, "base_s": 0.0002, "routing_s": 0.0004, "backend_network_s": 0.003},
-    [3, 6], "0.32.0", [[0.001, 0.0, 0.001]],
+    [3, 6], "0.32.0", [[1, 0.001, 0.0, 0.001]],
 )  # fmt: skip
 
 
@@ -56,6 +57,25 @@ def test_both_commands_get_what_concerns_them() -> None:
     first, second = split_arguments(["fleet=f", "users=1,2", "plan.seconds=5", "live_plan=short", "seed=2"])
     assert first == ["fleet=f", "plan.seconds=5", "live_plan=short", "seed=2"]
     assert second == ["fleet=f", "users=1,2", "seed=2"]
+
+
+def test_an_interrupted_command_may_take_its_time_to_stop(tmp_path: Path) -> None:
+    child = (
+        "import pathlib, sys, time\n"
+        "try:\n    print('on', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1.0); pathlib.Path(sys.argv[1]).touch(); sys.exit(130)"
+    )
+    stopped = tmp_path / "stopped"
+    starter = (
+        "import signal, sys; from experiments.live import run_to_its_end;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"sys.exit(run_to_its_end([sys.executable, '-c', {child!r}, {str(stopped)!r}]))"
+    )
+    wrapper = subprocess.Popen([sys.executable, "-c", starter], cwd=ROOT, stdout=subprocess.PIPE)
+    assert wrapper.stdout is not None and wrapper.stdout.readline() == b"on\n"
+    wrapper.send_signal(signal.SIGINT)
+    assert wrapper.wait(30) == 130
+    assert stopped.exists(), "it was killed while it stopped its servers"
 
 
 def test_a_gpu_session_profiles_then_validates_with_overrides_last() -> None:

@@ -9,11 +9,20 @@ import pytest
 from ersim.config import ObjectiveConfig
 from ersim.results import REQUEST_COLUMNS, Gaps, Window
 from ersim.types import Request
-from testbed.load import RequestRecord
+from testbed.load import LoadResult, RequestRecord
 from testbed.pooled import answered, pool, pooled_figures
 from testbed.predict import with_shares
 from testbed.step_log import LoggedStep, StepLog
-from testbed.waits import WAYS, add_waits, extra_waits, gateway_medians, ways_s
+from testbed.waits import (
+    WAYS,
+    Ways,
+    add_waits,
+    extra_waits,
+    gateway_medians,
+    recorded_ways,
+    requests_under_way,
+    resampled,
+)
 
 WINDOW = Window(1.0, 3.0, True)
 
@@ -65,16 +74,16 @@ def test_failed_and_unfinished_requests_are_not_judged() -> None:
 
 def test_waits_beyond_the_medians_are_added_where_the_client_sees_them() -> None:
     rng = np.random.default_rng(0)
-    ways = np.tile([0.001, 0.0004, 0.0001, 0.003, 0.002, 0.0005], (200, 1))
-    ways[:100, 0] += np.linspace(0.0, 0.05, 100)
-    ways[::3, WAYS.index("in")] = np.nan
+    seconds = np.tile([0.001, 0.0004, 0.0001, 0.003, 0.002, 0.0005], (200, 1))
+    seconds[:100, 0] += np.linspace(0.0, 0.05, 100)
+    seconds[::3, WAYS.index("in")] = np.nan
+    ways = Ways(seconds, np.ones(len(seconds), dtype=np.int64))
     medians = gateway_medians(ways)
     assert medians["routing_s"] == pytest.approx(0.0004)
     assert medians["to_engine_s"] == pytest.approx(0.003)
     waits = extra_waits(ways)
-    assert (
-        np.array(waits)[:, 0].max() == pytest.approx(0.05, abs=0.002) and np.ptp(np.array(waits)[:, 1]) == 0
-    )
+    assert np.array(waits)[:, 1].max() == pytest.approx(0.05, abs=0.002)
+    assert np.ptp(np.array(waits)[:, 2]) == 0
     frame, _ = run([5.0] * 4000, [0.9] * 4000)
     seen = add_waits(frame, waits, rng)
     ttft = seen["first_token_s"] - seen["send_s"]
@@ -84,10 +93,18 @@ def test_waits_beyond_the_medians_are_added_where_the_client_sees_them() -> None
     pd.testing.assert_frame_equal(add_waits(frame, (), rng), frame)
 
 
+def test_another_recording_has_as_many_waits_and_other_ones() -> None:
+    waits = [[1, 0.001 * number, 0.0, 0.0] for number in range(50)]
+    again = resampled(waits, np.random.default_rng(0))
+    assert len(again) == 50 and all(one in waits for one in again)
+    assert 20 < len({tuple(one) for one in again}) < 40, "1 - 1/e of them are seen"
+    assert resampled((), np.random.default_rng(0)) == ()
+
+
 def test_the_only_token_of_an_answer_waits_on_both_ways() -> None:
     frame, _ = run([5.0], [0.9])
     frame["output_tokens"], frame["first_token_s"] = 1, 5.0
-    seen = add_waits(frame, [[0.01, 0.02, 0.015]], np.random.default_rng(0))
+    seen = add_waits(frame, [[1, 0.01, 0.02, 0.015]], np.random.default_rng(0))
     assert seen["last_token_s"][0] == seen["first_token_s"][0] == pytest.approx(5.03)
 
 
@@ -105,7 +122,7 @@ def test_ways_are_read_from_the_replica_that_answered() -> None:
     def record(number: int, replica: int) -> RequestRecord:
         first = 1.0 + 0.04 * replica + 0.015
         asked = Request(number, 0, 0, 8, 2, 2)
-        return RequestRecord(asked, f"t-{number}", 0.9, expert="a", replica=replica, first_s=first)
+        return RequestRecord(asked, f"t-{number}", 0.9, "a", replica, first_s=first, last_s=1.5)
 
     def log(replica: int) -> StepLog:
         end = 1.0 + 0.04 * replica
@@ -114,8 +131,28 @@ def test_ways_are_read_from_the_replica_that_answered() -> None:
 
     gate = {"received_s": 0.901, "routing_s": 0.001, "queued_s": 0.0, "submitted_s": 0.904}
     access = {f"t-{n}": {**gate, "first_in_s": 1.0 + 0.04 * n + 0.01} for n in range(3)}
-    ways = ways_s([record(0, 0), record(1, 1), record(2, 7)], access, {"a": [log(0), log(1)]})
-    assert ways.shape == (2, len(WAYS)), "an unknown replica's way cannot be told"
+    load = LoadResult([record(0, 0), record(1, 1), record(2, 7)], 0.0, 2.0, [record(3, 0)])
+    ways = recorded_ways([load, load], access, {"a": [log(0), log(1)]})
+    assert ways.seconds.shape == (4, len(WAYS)), "an unknown replica's way cannot be told"
     out = WAYS.index("out")
-    np.testing.assert_allclose(ways[:, out], 0.01)
-    np.testing.assert_allclose(ways[:, WAYS.index("back")], 0.005)
+    np.testing.assert_allclose(ways.seconds[:, out], 0.01)
+    np.testing.assert_allclose(ways.seconds[:, WAYS.index("back")], 0.005)
+    assert ways.under_way.tolist() == [4] * 4, "with who was cut off; a load knows nothing of others"
+
+
+def test_requests_under_way_are_counted_as_each_is_sent() -> None:
+    sent_s, ended_s = np.array([3.0, 0.0, 1.0, 2.0]), np.array([4.0, 2.0, np.inf, 2.5])
+    assert requests_under_way(sent_s, ended_s).tolist() == [2, 1, 2, 2]
+
+
+def test_a_request_waits_as_one_that_was_sent_among_as_many() -> None:
+    waits = [[1, 0.0, 0.0, 0.001]] * 30 + [[8, 0.0, 0.0, 0.1]] * 20 + [[10, 0.0, 0.0, 0.3]] * 30
+
+    def added_s(users: int) -> set[float]:
+        frame, _ = run([5.0] * users, [0.9] * users)
+        seen = add_waits(frame, waits, np.random.default_rng(0))
+        return set((seen["gateway_s"] - frame["gateway_s"]).round(4))
+
+    assert added_s(1) == {0.001}
+    assert added_s(9) == {0.1, 0.3}, "the nearest thirty are those of eight and ten"
+    assert added_s(900) == {0.3}

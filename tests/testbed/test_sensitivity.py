@@ -10,7 +10,8 @@ import pytest
 from ersim.config import ExpertConfig
 from ersim.steptime import load
 from ersim.steptime.calibration import CALIBRATION_DIR
-from testbed.profiling import PhaseTimes, ProfileRun, _alone, cleared_steps, fit
+from testbed.profile_fit import Profiled, _alone, cleared_steps, fit
+from testbed.profiling import PhaseTimes, ProfileRun
 from testbed.sensitivity import KEY, PRIOR, Sensitivity, fit_sensitivity, one_row_share, probe_s
 from testbed.step_log import LoggedStep, StepLog
 
@@ -103,7 +104,7 @@ def profiled(plain: float, reads: float, probed: bool = True) -> tuple[StepLog, 
 def test_a_profile_is_fitted_to_what_steps_take_on_a_steady_host() -> None:
     log, run = profiled(0.8, 0.6)
     expert = ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu")
-    found = fit(expert, "tiny", log, run, None, "cpu", 0)
+    found = fit(Profiled(expert, "tiny", log, run, "cpu", 0))
     felt = Sensitivity.of(found)
     assert felt.plain == pytest.approx(0.8, abs=0.1) and felt.reads == pytest.approx(0.6, abs=0.12)
     assert found.fit["held_out_mape"] < 0.03
@@ -117,8 +118,7 @@ def test_a_profile_is_fitted_to_what_steps_take_on_a_steady_host() -> None:
 
 def test_a_profile_without_probes_is_fitted_once_and_as_it_is() -> None:
     log, run = profiled(0.8, 0.6, probed=False)
-    found = fit(
-        ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu"), "tiny", log, run, None, "cpu", 0
-    )
+    expert = ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu")
+    found = fit(Profiled(expert, "tiny", log, run, "cpu", 0))
     assert Sensitivity.of(found) == Sensitivity() and probe_s(found) is None
     assert found.fit["held_out_mape"] < 0.01
