@@ -11,6 +11,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig
 
-from ersim.config import FleetConfig
+from ersim.config import FleetConfig, SimulationConfig
 from ersim.errors import ConfigError
 from ersim.prepare import Preparations
-from ersim.steptime import Calibration, build_expert_model
+from ersim.steptime import Calibration, ExpertModel, build_expert_model
 from ersim.steptime.calibration import CALIBRATION_DIR, file_name, save
 from ersim.types import StepTime
 from ersim.util.files import set_aside, to_json, write_json
@@ -45,6 +46,7 @@ from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import FleetCalibration, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.gateway.process import GatewayProcess
+from testbed.gateway.settings import GatewaySettings
 from testbed.host_speed import slowness
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
 from testbed.live_settings import read_live
@@ -154,29 +156,19 @@ def _together(
     settings = gateway_settings(config, shared, live, folder / "profile")
     profiled = [servers[0].spec.name for servers in live.servers.values()]
     standings = check_all(live, fleet, shared, job.workload, job.seed, say, profiled)
-    runs: list[LiveRun] = []
     with GatewayProcess(settings, folder / "profile") as gateway:
-        for number, users in [(i, users) for i in range(job.plan.rounds) for users in job.plan.mixed_users]:
-            seconds = job.plan.mixed_s / job.plan.rounds
-            level = level_config(dataclasses.replace(config, seed=job.seed + users), users, seconds)
-            say(f"common load: {users} users for {seconds:g} s")
-            tag = f"p{users}r{number}"
-            runs.append(run_level(level, shared, live, settings, gateway.url, seconds, tag, number))
+        runs = _common_load(job, config, shared, live, settings, gateway.url)
     time.sleep(1.0)
     start, end = runs[0].load.start_s, runs[-1].load.end_s
     logs = {
         name: [read_step_log(server.spec.steps_path).between(start, end) for server in live.servers[name]]
         for name in calibrations
     }
+    rounds_s = [run.load.start_s for run in runs]
     contention = {}
     for name in calibrations:
         model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
-        alone = model.step_time()
-        slow = _slowed(name, logs[name], standings, model.calibration, alone)
-        rounds_s = [run.load.start_s for run in runs]
-        felt = Sensitivity.of(model.calibration)
-        steady = probe_s(model.calibration) is None  # a GPU
-        contention[name] = fit_contention(name, logs, alone, slow, job.seed, rounds_s, felt, steady)
+        contention[name] = _contention(name, model, logs, standings, rounds_s, job.seed)
     ways = recorded_ways([run.load for run in runs], runs[-1].access, logs)
     known = FleetCalibration(
         fleet=job.fleet.name,
@@ -189,6 +181,39 @@ def _together(
     )
     save_fleet(known, folder)
     return known
+
+
+def _common_load(
+    job: LiveConfig,
+    config: SimulationConfig,
+    shared: Preparations,
+    live: LiveFleet,
+    settings: GatewaySettings,
+    url: str,
+) -> list[LiveRun]:
+    """Closed-loop users of the plan's loads through the gateway, all rounds in order."""
+    seconds, runs = job.plan.mixed_s / job.plan.rounds, []
+    for number, users in itertools.product(range(job.plan.rounds), job.plan.mixed_users):
+        level = level_config(dataclasses.replace(config, seed=job.seed + users), users, seconds)
+        say(f"common load: {users} users for {seconds:g} s")
+        runs.append(run_level(level, shared, live, settings, url, seconds, f"p{users}r{number}", number))
+    return runs
+
+
+def _contention(
+    name: str,
+    model: ExpertModel,
+    logs: Mapping[str, Sequence[StepLog]],
+    standings: Mapping[str, Standing],
+    rounds_s: Sequence[float],
+    seed: int,
+) -> Contention:
+    """What common load cost one expert beyond its calibration, its servers' starts and the host's speed."""
+    alone = model.step_time()
+    slow = _slowed(name, logs[name], standings, model.calibration, alone)
+    steady = probe_s(model.calibration) is None  # a GPU
+    felt = Sensitivity.of(model.calibration)
+    return fit_contention(name, logs, alone, slow, seed, rounds_s, felt, steady)
 
 
 def _slowed(
