@@ -2,12 +2,13 @@
 
 A host that others use too (it is probed, see `host_speed`) has moods that the probe does not see: each round
 of common load gets a factor of its own, near 1, and the time alone is what the calibration says. A GPU has no
-moods: there one factor, on all rounds, holds what gateway and front ends add to every step.
+moods: there one factor, on all rounds, holds what gateway and front ends add to every step. Where neighbours
+ran all the time nothing tells the two apart, so that factor is held near 1 too (not seen on a GPU yet).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from testbed.sensitivity import BLOCK_S, BLOCK_STD
 
 FloatArray = npt.NDArray[np.float64]
 ROUND_STD = 0.05  # relative, of rounds beyond the probe: in the common load of five profiles
+BASE_STD = 0.05  # of the steady factor, and of blocks on a steady host: guesses, nobody has measured them
+STEADY_STD = 0.01
 MOST_TURNS = 200
 REFITS = 40
 DIGITS = 6
@@ -33,9 +36,9 @@ class CommonLoadFit:
 
 @dataclass(frozen=True)
 class CommonLoad:
-    """Arrays over steps. shares: as felt, a column per neighbour; rounds: indices of the rounds.
+    """Arrays over steps. shares: as felt, a column per neighbour; rounds: index of each one's round.
 
-    told_s: time alone; measured_s: at slowness 1.
+    told_s: time alone; measured_s: at slowness 1. round_count: of all rounds, those without steps included.
     """
 
     told_s: FloatArray
@@ -43,38 +46,54 @@ class CommonLoad:
     shares: FloatArray
     rounds: npt.NDArray[np.int64]
     ends_s: FloatArray
+    round_count: int
 
     def only(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> CommonLoad:
         """Some of the steps."""
-        return CommonLoad(*(getattr(self, item.name)[chosen] for item in fields(self)))
+        arrays = ("told_s", "measured_s", "shares", "rounds", "ends_s")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in arrays})
 
     def modelled_s(self, fit: CommonLoadFit) -> FloatArray:
         """What the fit says of each step, seconds, shape (steps,)."""
         loaded: FloatArray = fit.base * self.told_s * (1.0 + self.shares @ fit.slowdowns)
         return loaded * fit.factors[self.rounds]
 
-    @property
-    def _rounds(self) -> int:
-        return int(self.rounds.max()) + 1
+    def over_modelled(self, fit: CommonLoadFit) -> FloatArray:
+        """By round: seconds measured over seconds modelled; 1 where there was no step."""
+        modelled_s = self.modelled_s(fit)
+        members = [self.rounds == one for one in range(self.round_count)]
+        took = [(self.measured_s[row].sum(), modelled_s[row].sum()) for row in members]
+        return np.array([real / said if said else 1.0 for real, said in took])
 
-    def fit_steady(self) -> CommonLoadFit:
-        """One factor >= 1 on the time alone and the slowdowns; for a host that nothing else disturbs."""
+    def fit_steady(self, usual: float = 0.0) -> CommonLoadFit:
+        """One factor >= 1 on the time alone and the slowdowns; for a host that nothing else disturbs.
+
+        usual: what the factor is above 1 before anything is seen, relative; held to by `BASE_STD`.
+        """
         columns = np.column_stack([np.ones(len(self.told_s)), self.shares])
-        added, *slowdowns = self._nonnegative(columns)
+        prior = np.sqrt(BLOCK_S) * STEADY_STD / BASE_STD  # as so many seconds of steps would hold it
+        row = np.array([prior] + [0.0] * self.shares.shape[1])
+        added, *slowdowns = self._nonnegative(columns, held=(row, prior * usual))
         base = 1.0 + float(added)
-        return CommonLoadFit(base, np.array(slowdowns) / base, np.ones(self._rounds))
+        return CommonLoadFit(base, np.array(slowdowns) / base, np.ones(self.round_count))
 
-    def fit_rounds(self) -> CommonLoadFit:
+    def round_trust(self) -> FloatArray:
+        """By round: how far its own mean counts against 1, from how many blocks of `BLOCK_S` it has.
+
+        Blocks scatter by `BLOCK_STD`, rounds by `ROUND_STD`.
+        """
+        block = (self.ends_s / BLOCK_S).astype(int)
+        blocks = np.array([len(np.unique(block[self.rounds == one])) for one in range(self.round_count)])
+        trust: FloatArray = blocks / (blocks + (BLOCK_STD / ROUND_STD) ** 2)
+        return trust
+
+    def fit_rounds(self, trust: FloatArray) -> CommonLoadFit:
         """The slowdowns and a factor for each round, in turn until neither moves.
 
-        A round's factor is its mean ratio, drawn towards 1 as its blocks of `BLOCK_S` are few: they scatter
-        by `BLOCK_STD`, rounds by `ROUND_STD`.
+        A round's factor is its mean ratio, drawn towards 1 as its trust is small (see `round_trust`).
         """
-        factors = np.ones(self._rounds)
-        members = [self.rounds == one for one in range(len(factors))]
-        block = (self.ends_s / BLOCK_S).astype(int)
-        blocks = np.array([len(np.unique(block[row])) for row in members])
-        trust = blocks / (blocks + (BLOCK_STD / ROUND_STD) ** 2)
+        factors = np.ones(self.round_count)
+        members = [self.rounds == one for one in range(self.round_count)]
         for _ in range(MOST_TURNS):
             slowdowns = self._nonnegative(self.shares, factors[self.rounds])
             loaded = self.told_s * (1.0 + self.shares @ slowdowns)
@@ -85,34 +104,46 @@ class CommonLoad:
                 break
         return CommonLoadFit(1.0, slowdowns, factors)
 
-    def _nonnegative(self, columns: FloatArray, factors: FloatArray | float = 1.0) -> FloatArray:
-        """Coefficients >= 0 of columns x time alone that, with the time alone, make the steps."""
+    def _nonnegative(
+        self,
+        columns: FloatArray,
+        factors: FloatArray | float = 1.0,
+        held: tuple[FloatArray, float] | None = None,
+    ) -> FloatArray:
+        """Coefficients >= 0 of columns x time alone that, with the time alone, make the steps.
+
+        held: one more row of coefficients' weights, and what they should make.
+        """
         if columns.shape[1] == 0:  # which SciPy's nnls does not survive
             return np.zeros(0)
         weight = 1.0 / np.sqrt(self.told_s)  # between single steps (1/told) and sums (1)
         wanted = (self.measured_s / factors - self.told_s) * weight
-        found: FloatArray = nnls(columns * (self.told_s * weight)[:, None], wanted)[0]
+        matrix = columns * (self.told_s * weight)[:, None]
+        if held is not None:
+            matrix, wanted = np.vstack([matrix, held[0]]), np.append(wanted, held[1])
+        found: FloatArray = nnls(matrix, wanted)[0]
         return found
 
     def refits(self, fit: CommonLoadFit, steady: bool, rng: np.random.Generator) -> list[list[float]]:
         """[base, *slowdowns] fitted to other moments; none below three blocks.
 
-        Blocks of `BLOCK_S` seconds are drawn with replacement, and so are the moods of rounds, from what is
-        usual: a round's mood and its neighbours look alike, and only rounds tell them apart.
+        Blocks of `BLOCK_S` seconds are drawn with replacement, and so are the moods of rounds (or the steady
+        factor's usual value), from what is usual: they and the neighbours look alike within a round.
         """
         block = (self.ends_s / BLOCK_S).astype(int)
         members = [np.flatnonzero(block == one) for one in np.unique(block)]
         if len(members) < 3:
             return []
-        found = []
+        found, trust = [], self.round_trust()
         for _ in range(REFITS):
             chosen = self.only(
                 np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
             )
-            if not steady:
+            if steady:
+                again = chosen.fit_steady(BASE_STD * rng.standard_normal())
+            else:
                 moods = np.exp(ROUND_STD * rng.standard_normal(len(fit.factors))) / fit.factors
-                moved = chosen.measured_s * moods[chosen.rounds]
-                chosen = CommonLoad(chosen.told_s, moved, chosen.shares, chosen.rounds, chosen.ends_s)
-            again = chosen.fit_steady() if steady else chosen.fit_rounds()
+                moved_s = chosen.measured_s * moods[chosen.rounds]
+                again = replace(chosen, measured_s=moved_s).fit_rounds(trust)
             found.append([float(f"{value:.{DIGITS}g}") for value in (again.base, *again.slowdowns)])
         return found

@@ -35,6 +35,7 @@ from testbed.step_scatter import ScatterPlayer, StepScatter, measure_scatter
 
 FloatArray = npt.NDArray[np.float64]
 MIN_STEPS = 50
+TINY_S = 1e-9
 
 
 def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> FloatArray:
@@ -64,7 +65,7 @@ class Contention:
 
     slowdowns: by the expert whose replica runs, its own name standing for its other replicas.
     refits: [base, *slowdowns] fitted to other moments. scatter: of single steps under common load.
-    rounds: what the host did in each round of common load, as far as it could be told; for the record.
+    rounds: what each round of common load took over base and slowdowns; for the record.
     """
 
     slowdowns: Mapping[str, float] = field(default_factory=dict)
@@ -138,13 +139,14 @@ def fit_contention(
     ratio = steps.measured_s / steps.told_s
     keep = ratio < OUTLIER_RATIO * np.median(ratio)
     kept = steps.only(keep)
-    fit = kept.fit_steady() if steady else kept.fit_rounds()
+    fit = kept.fit_steady() if steady else kept.fit_rounds(kept.round_trust())
+    rounds = kept.over_modelled(fit) * fit.factors
     return Contention(
         dict(zip(names, fit.slowdowns.tolist(), strict=True)),
         kept.refits(fit, steady, np.random.default_rng(seed)),
         measure_scatter(steps.measured_s, steps.modelled_s(fit), batches, keep),
         fit.base,
-        fit.factors.round(4).tolist(),
+        rounds.round(4).tolist(),
     )
 
 
@@ -166,7 +168,8 @@ def _common_load(
         shares[:, index] = np.concatenate([row.shares[index] for row in rows])
     felt = sensitivity.exponents(one_row_share(alone, told_s))
     rounds = np.searchsorted(np.array(rounds_s[1:]), ends_s)
-    return CommonLoad(told_s, measured_s, felt[:, None] * shares, rounds, ends_s), batches
+    count = max(1, len(rounds_s))
+    return CommonLoad(told_s, measured_s, felt[:, None] * shares, rounds, ends_s, count), batches
 
 
 class ContendedStepTime:
@@ -219,7 +222,7 @@ class ContendedStepTime:
 
     def _mean_s(self, alone_s: float, slowdown: float) -> float:
         """What neighbours and the host's present speed make of a step that takes `alone_s` seconds."""
-        share = self._one_row_s / alone_s
+        share = self._one_row_s / max(alone_s, TINY_S)
         seconds = self._known.base * alone_s * (1.0 + self._felt.exponent(share) * slowdown)
         return seconds if self._speed is None else seconds * self._speed.slowed(self._clock(), share)
 

@@ -122,7 +122,8 @@ def read_speed(
     factor = float(np.mean([one.factor for one in stand]))
     doubt = float(np.linalg.norm([one.doubt for one in stand])) / len(stand)
     wander = float(np.linalg.norm([one.wander for one in stand])) / len(stand)
-    start = SpeedTrace((1.0,), factor, doubt, wander, Sensitivity.of(calibration))
+    share = float(np.mean([one.share for one in stand]))
+    start = SpeedTrace((1.0,), factor, doubt, wander, Sensitivity.of(calibration), share)
     slow = slowness_of(steps["probe_s"].to_numpy(), probe_s(calibration))
     return start.with_steps(steps["end_s"].to_numpy(), slow)
 

@@ -9,13 +9,13 @@ times over medians of two seconds grew by 1.1 to 2.2 times the probe's at one ro
     step_s * slowness ** (plain + reads * min(1, one_row_s / step_s))
 
 where one_row_s / step_s is the share that a step of one row would take too. Both exponents are fitted to
-the profile of the expert alone. A quiet profile says little about them: they start from what those three
-said, with their spread, and keep to it.
+the profile of the expert alone, and held near what those three said, with their spread: a quiet profile
+says little about them, and none says much about `reads`. What stays in doubt is drawn with each replication.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,25 +34,37 @@ BLOCK_STD = 0.07  # of the logarithm of step times, beyond what the probe explai
 BLOCK_S = 4.0  # steps of one block are disturbed alike and count once
 TURNS = 20
 OUTLIER_RATIO = 5.0
+LEAST_EXPONENT = 0.3  # a step that felt next to nothing would tell nothing of a server's start
 KEY = "host_sensitivity"  # in a calibration's provenance
 ONE_ROW = Batch(1, 1, 32, 32, (), 1)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The exponents of this module's head; as it is, every step suffers by what the probe shows."""
+    """The exponents of this module's head; as it is, every step suffers by what the probe shows.
+
+    covariance: of plain and reads, as the fit leaves them, shape (2, 2); none: they are certain.
+    """
 
     plain: float = 1.0
     reads: float = 0.0
+    covariance: Sequence[Sequence[float]] = ()
 
     def exponent(self, share: float) -> float:
         """How a step feels whoever slows it; share: one_row_s / step_s, cut at 1 here."""
-        return self.plain + self.reads * min(1.0, share)
+        return max(LEAST_EXPONENT, self.plain + self.reads * min(1.0, share))
 
     def exponents(self, share: FloatArray) -> FloatArray:
         """The same for many steps, shape (steps,)."""
-        each: FloatArray = self.plain + self.reads * np.minimum(1.0, share)
+        each: FloatArray = np.maximum(LEAST_EXPONENT, self.plain + self.reads * np.minimum(1.0, share))
         return each
+
+    def drawn(self, rng: np.random.Generator) -> Sensitivity:
+        """Exponents as they may be just as well; not below 0."""
+        if not len(self.covariance):
+            return self
+        plain, reads = rng.multivariate_normal((self.plain, self.reads), np.array(self.covariance))
+        return Sensitivity(max(0.0, float(plain)), max(0.0, float(reads)))
 
     def slowed(self, slowness: float, share: float) -> float:
         """Factor on a step at a slowness of the host."""
@@ -88,7 +100,7 @@ def one_row_share(alone: StepTime, told_s: FloatArray) -> FloatArray:
 def fit_sensitivity(
     measured_s: FloatArray, told_s: FloatArray, share: FloatArray, slow: FloatArray
 ) -> Sensitivity:
-    """The exponents from steps of one expert alone; the prior's where nothing was probed or moved.
+    """The exponents from steps of one expert alone; every step alike (1, 0) where nothing was probed.
 
     told_s: what its calibration says at slowness 1; share: see `one_row_share`; slow: slowness of the
     host; shapes (steps,) each, in recorded order.
@@ -108,4 +120,5 @@ def fit_sensitivity(
         together = np.concatenate([matrix * rows[:, None], prior])
         wanted = np.concatenate([y * rows, np.array(PRIOR) / PRIOR_STD])
         found = lsq_linear(together, wanted, bounds=([-np.inf, 0.0, 0.0], np.inf)).x
-    return Sensitivity(round(float(found[1]), 4), round(float(found[2]), 4))
+    covariance = np.linalg.inv(together.T @ together)[1:, 1:].round(6).tolist()
+    return Sensitivity(round(float(found[1]), 4), round(float(found[2]), 4), covariance)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import trim_mean
@@ -49,10 +49,9 @@ CHECK = ProfilePlan(
 TRIMMED = 0.05  # of the ratios at either end: stalls
 CHECK_SEED = 500_000  # prompts of a check are nobody else's
 FLUSH_S = 1.0  # the recorder writes twice a second
-LEAST_EXPONENT = 0.3  # a step that feels next to nothing tells nothing
-LEAST_DOUBT = 0.015  # of one check: four phases may agree by chance
+LEAST_DOUBT = 0.015  # of one check: six phases may agree by chance
 USUAL_WANDER = ROUND_STD  # relative, from round to round
-START_STD = 0.15  # relative, between starts: 0.85 to 1.36 in six measurements of two experts
+START_STD = 0.15  # relative, between starts: see docs/testbed.md
 USUAL_CHECKS = 3  # as many checks' worth that is; three of one's own may agree by chance
 
 
@@ -63,13 +62,15 @@ class Standing:
     factor: slowness of the start, multiplied with the host's; doubt: its relative standard error, from
     the spread between phases or checks. steps: how many were seen. wander: relative standard deviation
     between checks of one start, which is as far as a run may be from their mean; few checks say little
-    of it, and are held near what is usual.
+    of it, and are held near what is usual. share: of a step of one row in the steps seen (see
+    `sensitivity`): how steps of that share took is known, whatever the exponents.
     """
 
     factor: float = 1.0
     doubt: float = 0.0
     steps: int = 0
     wander: float = 0.0
+    share: float = 1.0
 
 
 def together(standings: Sequence[Standing]) -> Standing:
@@ -90,7 +91,8 @@ def together(standings: Sequence[Standing]) -> Standing:
     own = float(weights @ doubts**2 / weights.sum())
     seen = others * max(0.0, variance - own)
     wander = float(np.sqrt((seen + USUAL_CHECKS * USUAL_WANDER**2) / (others + USUAL_CHECKS)))
-    return Standing(float(np.exp(mean)), doubt, sum(one.steps for one in standings), wander)
+    share = float(weights @ [one.share for one in standings] / weights.sum())
+    return Standing(float(np.exp(mean)), doubt, sum(one.steps for one in standings), wander, share)
 
 
 def check_standing(
@@ -107,10 +109,18 @@ def check_standing(
     """
     profiler = Profiler(server.spec.url, server.spec.expert, vocab_size, workload, seed)
     began_s = time.monotonic()
-    run = asyncio.run(profiler.run(CHECK, max(CHECK.decode_batches)))
+    plan = short_enough(CHECK, int(calibration.engine["max_model_len"]))
+    run = asyncio.run(profiler.run(plan, max(plan.decode_batches)))
     time.sleep(FLUSH_S)
     log = read_step_log(server.spec.steps_path).between(began_s, time.monotonic())
     return standing(log, run, alone, probe_s(calibration), Sensitivity.of(calibration))
+
+
+def short_enough(plan: ProfilePlan, max_model_len: int) -> ProfilePlan:
+    """The plan without the prompts that an engine of that context would refuse."""
+    longest = max_model_len - plan.decode_tokens
+    prompts = [min(tokens, longest) for tokens in plan.prefill_tokens]
+    return replace(plan, prefill_tokens=sorted(set(prompts)))
 
 
 def check_all(
@@ -138,7 +148,8 @@ def check_all(
             stands = check_standing(server, alone, model.calibration, vocab_size, workload, prompts)
             found[server.spec.name] = stands
             if say is not None:
-                say(f"{server.spec.name} alone: this start runs as on a host of slowness {stands.factor:.3f}")
+                known_to = f"{stands.factor:.3f} +- {stands.factor * stands.doubt:.3f}"
+                say(f"{server.spec.name} alone: this start runs as on a host of slowness {known_to}")
     return found
 
 
@@ -151,11 +162,13 @@ def standing(
 ) -> Standing:
     """The standing that a check's steps show. Raises DataError when it recorded none.
 
+    A check of which one phase is left (requests failed) is as doubtful as none.
+
     reference_s: what the probe takes at slowness 1; None where nothing is probed. sensitivity: of the
     calibration.
     """
     felt = sensitivity or Sensitivity()
-    ratios = []
+    ratios, shares = [], []
     for phase in run.phases:
         if phase.name == "warmup" or phase.skipped is not None:
             continue
@@ -166,10 +179,11 @@ def standing(
         told_s = np.array([alone.step_s(batch) for batch in batches])
         share = one_row_share(alone, told_s)
         cleared_s = measured_s / felt.slowed_each(slow, share)
-        exponents = np.maximum(felt.exponents(share), LEAST_EXPONENT)
-        ratios.append(float(trim_mean((cleared_s / told_s) ** (1.0 / exponents), TRIMMED)))
+        each = (cleared_s / told_s) ** (1.0 / felt.exponents(share))
+        ratios.append(float(trim_mean(each, TRIMMED)))
+        shares.append(float(share.mean()))
     if not ratios:
         raise DataError(f"no step of the check was recorded ({run.failures or 'no request failed'})")
     factor = float(np.mean(ratios))
-    doubt = float(np.std(ratios, ddof=1) / np.sqrt(len(ratios)) / factor) if len(ratios) > 1 else 0.0
-    return Standing(factor, doubt, len(log.steps))
+    doubt = float(np.std(ratios, ddof=1) / np.sqrt(len(ratios)) / factor) if len(ratios) > 1 else START_STD
+    return Standing(factor, doubt, len(log.steps), share=float(np.mean(shares)))

@@ -102,6 +102,32 @@ def test_what_gateway_and_front_end_add_is_kept_on_a_host_that_nobody_else_uses(
     assert alone.slowdowns == {} and 1.06 < alone.base < 1.06 * 1.3
 
 
+def test_a_neighbour_that_never_rests_leaves_the_steady_factor_in_doubt() -> None:
+    log, _ = contended(800)
+    found = fit_contention(
+        "a", {"a": [log], "b": [log_of_one_step_until(log.steps[-1].updated_s)]}, Affine(), steady=True
+    )
+    bases = np.array([refit[0] for refit in found.refits])
+    assert found.base < 1.05 and np.std(bases) > 0.02, "not laid to the gateway with certainty"
+    both = [refit[0] * (1.0 + refit[1]) for refit in found.refits]
+    assert np.std(both) < 0.5 * np.std(bases), "what both make together is known"
+
+
+def log_of_one_step_until(end_s: float) -> StepLog:
+    return StepLog(META, [step(0, 0.0, end_s)], {})
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_round_of_stalls_only_is_no_error(steady: bool) -> None:
+    log, other = contended(800)
+    last_s = log.steps[-1].updated_s
+    stalls = [step(800 + i, last_s + 2.0 * i, last_s + 2.0 * (i + 1)) for i in range(3)]
+    logs = {"a": [StepLog(META, [*log.steps, *stalls], {})], "b": [other]}
+    found = fit_contention("a", logs, Affine(), rounds_s=[0.0, last_s + 1e-6, last_s + 99.0], steady=steady)
+    assert found.slowdowns["b"] == pytest.approx(0.3, abs=0.02)
+    assert len(found.rounds) == 3 and found.rounds[1:] == [1.0, 1.0]
+
+
 def test_steps_feel_a_neighbour_as_they_feel_the_host() -> None:
     """A neighbour of 0.3 is felt with exponents from 1.5, at one row, down; the fit is told so."""
     felt, one_row_s, mine, theirs, clock = Sensitivity(1.0, 0.5), 0.021, [], [], 0.0

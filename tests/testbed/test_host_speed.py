@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from testbed.host_speed import SpeedTrace, reference_probe_s, slowness
+from testbed.host_speed import SpeedTrace, probes_s, reference_probe_s, slowness
 from testbed.sensitivity import Sensitivity
-from testbed.step_log import LoggedStep, StepLog
+from testbed.step_log import LoggedStep, StepLog, StepRow
 
 PROBE_S = 0.0002
 
@@ -50,12 +50,41 @@ def test_without_probes_the_host_is_as_it_was() -> None:
     np.testing.assert_array_equal(slowness(log, PROBE_S), np.ones(3))
 
 
+def test_probes_after_prefill_do_not_count_beside_those_after_decode() -> None:
+    def probed(number: int, probe_s: float, prefill: int) -> LoggedStep:
+        rows = (StepRow(0, prefill, 0, prefill, prefill),) if prefill else ()
+        at = 0.02 * number
+        return LoggedStep(
+            number, at, at, at + 0.019, at + 0.02, 1, 0, 1, 1, 9, 9, rows, (), (), 1, 1e-5, None, probe_s
+        )
+
+    steps = [probed(i, 1.2e-4 if i % 2 else 1e-4, 512 * (i % 2)) for i in range(40)]
+    mixed = StepLog({"async_scheduling": False}, steps, {})
+    assert reference_probe_s(mixed) == 1e-4
+    np.testing.assert_allclose(probes_s(mixed), 1e-4)
+    only = StepLog({"async_scheduling": False}, steps[1::2], {})
+    assert reference_probe_s(only) == 1.2e-4, "better than none"
+    np.testing.assert_allclose(probes_s(only), 1.2e-4)
+
+
+def test_exponents_move_and_the_steps_of_the_checks_stay() -> None:
+    felt = Sensitivity(0.9, 0.5, [[0.04, 0.0], [0.0, 0.04]])
+    trace = SpeedTrace((1.0,), 1.4, 0.0, 0.0, felt, share=0.6)
+    draws = [trace.drawn(np.random.default_rng(seed), np.random.default_rng(0)) for seed in range(50)]
+    np.testing.assert_allclose([one.slowed(0.0, 0.6) for one in draws], trace.slowed(0.0, 0.6))
+    assert np.std([one.slowed(0.0, 0.0) for one in draws]) > 0.02, (
+        "those that feel less may be faster or slower"
+    )
+    assert not dataclasses.replace(trace, factor=1.0).is_one
+
+
 def test_a_trace_follows_the_run_and_fills_its_gaps() -> None:
     nothing = SpeedTrace((1.0,))
     trace = nothing.with_steps(np.array([0.1, 0.2, 2.1]), np.array([1.0, 1.2, 2.1]))
     assert trace.at(0.3) == pytest.approx(1.1)
     assert trace.at(1.1) == pytest.approx(1.1 + 2 * 0.25)
-    assert trace.at(99.0) == pytest.approx(2.1)
+    assert trace.at(2.2) == pytest.approx(2.1)
+    assert trace.at(99.0) == pytest.approx(1.6), "what follows is as slow as the median"
     assert nothing.with_steps(np.array([]), np.array([])).at(3.0) == 1.0
 
 

@@ -12,7 +12,16 @@ from ersim.steptime import load
 from ersim.steptime.calibration import CALIBRATION_DIR
 from testbed.profile_fit import Profiled, _alone, cleared_steps, fit
 from testbed.profiling import PhaseTimes, ProfileRun
-from testbed.sensitivity import KEY, PRIOR, Sensitivity, fit_sensitivity, one_row_share, probe_s
+from testbed.sensitivity import (
+    KEY,
+    LEAST_EXPONENT,
+    PRIOR,
+    PRIOR_STD,
+    Sensitivity,
+    fit_sensitivity,
+    one_row_share,
+    probe_s,
+)
 from testbed.step_log import LoggedStep, StepLog
 
 
@@ -54,6 +63,19 @@ def test_stalls_do_not_move_the_fit() -> None:
 def test_no_step_is_faster_on_a_slower_host() -> None:
     found = fit_sensitivity(*steps(-0.8, 0.0, wobble=0.3))
     assert found.plain >= 0.0 and found.reads >= 0.0
+    assert found.exponent(0.0) == found.exponents(np.array([0.0]))[0] == LEAST_EXPONENT
+
+
+def test_exponents_are_drawn_as_wide_as_the_profile_leaves_them() -> None:
+    quiet, moved = fit_sensitivity(*steps(0.9, 0.5, 0.003)), fit_sensitivity(*steps(0.9, 0.5, 0.3))
+    spread = {}
+    for name, found in (("quiet", quiet), ("moved", moved)):
+        draws = [found.drawn(np.random.default_rng(seed)) for seed in range(300)]
+        spread[name] = np.std([one.plain for one in draws]), np.std([one.reads for one in draws])
+        assert np.mean([one.plain for one in draws]) == pytest.approx(found.plain, abs=0.06)
+    assert spread["quiet"] == pytest.approx((PRIOR_STD, PRIOR_STD), rel=0.2), "it keeps to the prior"
+    assert max(spread["moved"]) < 0.6 * PRIOR_STD
+    assert Sensitivity(0.8, 0.4).drawn(np.random.default_rng(0)) == Sensitivity(0.8, 0.4)
 
 
 def test_the_share_of_a_step_of_one_row_is_at_most_all_of_it() -> None:

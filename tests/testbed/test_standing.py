@@ -20,7 +20,16 @@ from testbed.measured_run import read_span_s, read_speed, read_standings, steps_
 from testbed.plan import check_plan, phases
 from testbed.profiling import PhaseTimes, ProfileRun
 from testbed.sensitivity import KEY, Sensitivity
-from testbed.standing import CHECK, LEAST_DOUBT, USUAL_WANDER, Standing, standing, together
+from testbed.standing import (
+    CHECK,
+    LEAST_DOUBT,
+    START_STD,
+    USUAL_WANDER,
+    Standing,
+    short_enough,
+    standing,
+    together,
+)
 from testbed.step_log import LoggedStep, StepLog
 
 META = {"async_scheduling": False}
@@ -106,6 +115,21 @@ def test_wander_is_what_checks_differ_beyond_their_doubt_and_near_what_is_usual(
     assert doubtful.wander < 0.02, "doubt is no wander"
     assert together([Standing(0.85, 0.01)]).wander == pytest.approx(USUAL_WANDER)
     assert together([Standing(0.85, 0.01)] * 3).wander < USUAL_WANDER
+
+
+def test_a_check_of_one_phase_is_as_doubtful_as_none() -> None:
+    log = log_of(np.full(200, 0.013))
+    short = standing(log, phases_of(log, 1), Fixed())
+    assert short.doubt == START_STD and short.share == 1.0
+    both = together([short, Standing(1.0, 0.02), Standing(1.0, 0.02)])
+    assert both.factor == pytest.approx(1.0, abs=0.01) and both.doubt < 0.03
+
+
+def test_a_check_sends_no_prompt_that_the_engine_would_refuse() -> None:
+    assert short_enough(CHECK, 2048) == CHECK
+    check_plan(short_enough(CHECK, 300), 300)
+    assert short_enough(CHECK, 300).prefill_tokens == [128, 276]
+    assert short_enough(CHECK, 100).prefill_tokens == [76]
 
 
 def test_a_check_without_steps_is_an_error() -> None:
