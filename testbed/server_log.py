@@ -7,6 +7,7 @@ with its traceback; what was wrong is the first exception, often hundreds of lin
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 TAIL_LINES = 25
 CAUSE_LINES = 3
@@ -34,6 +35,11 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "one request of max_model_len tokens does not fit into the KV cache: raise {key}.live.kv_space_gib "
         "(on a GPU {key}.engine.gpu_memory_utilization), or lower {key}.engine.max_model_len",
     ),
+    (
+        r"couldn't connect to '\S+' to load the files",
+        "{key}.live.model names a model of the hub, which does not answer, and it is not in the local cache: "
+        "give the directory of a model",
+    ),
 )
 """Causes (regular expressions) that a user can do something about, and what; {key} is the expert's key."""
 
@@ -43,8 +49,8 @@ def tail(log: str) -> str:
     return "\n".join(log.splitlines()[-TAIL_LINES:])
 
 
-def root_cause(log: str) -> str | None:
-    """The first exception in the log, with lines that continue it; None if there is none."""
+def exceptions(log: str) -> Iterator[str]:
+    """Every exception that the log names, each with the lines that continue it, in order."""
     lines = log.splitlines()
     for number, line in enumerate(lines):
         prefix, text = _parted(line)
@@ -55,8 +61,12 @@ def root_cause(log: str) -> str | None:
                 if its_prefix != prefix or not (prefix or more.startswith("  ")):
                     break
                 parts.append(more)
-            return " ".join(part.strip() for part in parts)
-    return None
+            yield " ".join(part.strip() for part in parts)
+
+
+def root_cause(log: str) -> str | None:
+    """The first exception in the log; None if there is none."""
+    return next(exceptions(log), None)
 
 
 def _parted(line: str) -> tuple[str, str]:
@@ -67,8 +77,8 @@ def _parted(line: str) -> tuple[str, str]:
 
 def explanation(log: str, key: str) -> str | None:
     """Cause and remedy of a failure that is known, in one sentence; None for any other."""
-    cause = root_cause(log)
-    for pattern, remedy in REMEDIES:
-        if cause is not None and re.search(pattern, cause):
-            return f"{remedy.format(key=key)} (vLLM: {cause})"
+    for cause in exceptions(log):
+        for pattern, remedy in REMEDIES:
+            if re.search(pattern, cause):
+                return f"{remedy.format(key=key)} (vLLM: {cause})"
     return None

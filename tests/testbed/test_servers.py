@@ -143,6 +143,11 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
             "cache is needed, which is larger than the available KV cache memory (0.01 GiB).",
             r"raise fleet\.experts\.e\.live\.kv_space_gib .*lower fleet\.experts\.e\.engine\.max_model_len",
         ),
+        (
+            "OSError: We couldn't connect to 'http://127.0.0.1:9' to load the files, and couldn't find them "
+            "in the cached files.",
+            r"fleet\.experts\.e\.live\.model names a model of the hub.*give the directory of a model",
+        ),
     ],
 )
 def test_a_refusal_that_is_known_is_one_line_with_its_remedy(tmp_path: Path, cause: str, remedy: str) -> None:
