@@ -25,6 +25,7 @@ pytestmark = pytest.mark.live
 EXPERTS = {"bf16": ("bf16", 2), "int8": ("int8", 1), "gptq": ("int4", 1), "awq": ("int4", 1)}
 """By the method that packed the checkpoint: the expert's precision and its tensor-parallel ranks."""
 KV_SPACE_GIB = 0.25
+READY_TIMEOUT_S = 600.0  # twelve processes start at once
 SURE_LEAD = 0.2  # of a logit; computing in bfloat16 moves those of these models by 0.02 (root mean square)
 
 
@@ -43,7 +44,9 @@ def fp8_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from testbed.expert_server import ExpertServer
     from testbed.fleet import server_specs
 
-    expert = ExpertConfig("llama-36m", "fp8", "cpu", live={"kv_space_gib": KV_SPACE_GIB})
+    expert = ExpertConfig(
+        "llama-36m", "fp8", "cpu", live={"kv_space_gib": KV_SPACE_GIB, "ready_timeout_s": READY_TIMEOUT_S}
+    )
     specs = server_specs(FleetConfig("fp8", experts={"a": expert}), tmp_path_factory.mktemp("fp8"))
     server = ExpertServer(specs["a"][0])
     server.start()
@@ -70,6 +73,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, fp8_server: Any) -> Iterato
             "tokenizer": "model",
             "cores": [cores],
             "kv_space_gib": KV_SPACE_GIB,
+            "ready_timeout_s": READY_TIMEOUT_S,
         }
         engine = EngineSettings(max_model_len=MAX_MODEL_LEN)
         experts[name] = ExpertConfig("llama-36m", precision, "cpu", tp, engine=engine, live=live)
