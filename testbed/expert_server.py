@@ -19,12 +19,13 @@ from pathlib import Path
 from ersim.config import EngineSettings
 from ersim.errors import ConfigError, ErsimError, bad_value
 from testbed.live_settings import LiveSettings
+from testbed.server_log import explanation, root_cause, tail
 
 HOST = "127.0.0.1"
 AUTO_MODEL = "auto"
-LOG_TAIL_LINES = 25
 POLL_S = 0.25
 STOP_TIMEOUT_S = 20.0
+GIB_BYTES = 2**30
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,6 +50,11 @@ class ServerSpec:
     folder: Path
     cores: Sequence[int] = field(default_factory=tuple)
     gpus: Sequence[int] = field(default_factory=tuple)
+
+    @property
+    def key(self) -> str:
+        """Where the fleet config describes the expert."""
+        return f"fleet.experts.{self.expert}"
 
     @property
     def url(self) -> str:
@@ -172,10 +178,18 @@ def server_command(spec: ServerSpec) -> list[str]:
     if live.record_steps:
         command += ["--scheduler-cls", "testbed.recording_scheduler.make_scheduler"]
     if live.device == "cpu":
-        command += ["--distributed-executor-backend", "uni", "--enforce-eager"]
+        executor = "uni" if spec.tp == 1 else "mp"  # uni has no second rank: it would wait for it for ever
+        command += ["--distributed-executor-backend", executor, "--enforce-eager"]
+        command += ["--kv-cache-memory-bytes", str(int(live.kv_space_gib * GIB_BYTES))]
     else:
         command += ["--gpu-memory-utilization", str(spec.engine.gpu_memory_utilization)]
     return command + engine_arguments(spec.engine) + [str(argument) for argument in live.args]
+
+
+def cores_of_ranks(cores: Sequence[int], tp: int) -> list[list[int]]:
+    """The cores of each tensor-parallel rank: neighbours in the list, as many for each."""
+    each = len(cores) // tp
+    return [list(cores[rank * each : (rank + 1) * each]) for rank in range(tp)]
 
 
 def server_environment(spec: ServerSpec, base: Mapping[str, str]) -> dict[str, str]:
@@ -189,14 +203,16 @@ def server_environment(spec: ServerSpec, base: Mapping[str, str]) -> dict[str, s
     if spec.live.weightless or Path(spec.model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     if spec.live.device == "cpu":
-        cores = list(spec.cores)
+        ranks = cores_of_ranks(spec.cores, spec.tp)
         environment |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": str(max(1, len(cores))),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if spec.tp == 1 else "1",
+            "OMP_NUM_THREADS": str(max(1, len(ranks[0]))),
             "ERSIM_SPEED_PROBE": "1",  # a CPU is shared with others, see testbed/host_speed.py
-            "VLLM_CPU_KVCACHE_SPACE": f"{spec.live.kv_space_gib:g}",
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) if cores else "nobind",
+            "VLLM_CPU_OMP_THREADS_BIND": (
+                "|".join(",".join(map(str, cores)) for cores in ranks) if spec.cores else "nobind"
+            ),
         }
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_space_gib
     elif spec.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.gpus))
     return environment | {key: str(value) for key, value in spec.live.env.items()}
@@ -208,6 +224,7 @@ class ExpertServer:
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
         self.started_s = 0.0
         self.ready_s: float | None = None
 
@@ -218,13 +235,13 @@ class ExpertServer:
 
     def start(self) -> None:
         """Start the process without waiting. Raises ConfigError for what can be seen beforehand."""
-        key = f"fleet.experts.{self.spec.expert}"
         check_vllm(self.spec.live.python)
-        check_model_folder(self.spec.model, key)
-        check_port(self.spec.port, key)
+        check_model_folder(self.spec.model, self.spec.key)
+        check_port(self.spec.port, self.spec.key)
         self.spec.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "testbed.supervisor", "--", *server_command(self.spec)]
         with open(self.spec.log_path, "ab") as log:
+            self._log_start = log.tell()  # what an earlier start wrote is not this one's
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,  # its end tells the supervisor that we are gone
@@ -235,18 +252,21 @@ class ExpertServer:
             )
         self.started_s = time.monotonic()
 
-    def log_tail(self) -> str:
-        """The last lines of the server's log, fit for an error message."""
-        try:
-            text = self.spec.log_path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return "(no log)"
-        return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
-
     def _fail(self, what: str) -> ExpertFailed:
-        return ExpertFailed(
-            f"expert {self.spec.name} {what}; the end of its log ({self.spec.log_path}):\n{self.log_tail()}"
-        )
+        """The error: what to do about it where that is known, else its cause and the end of the log."""
+        name, path = self.spec.name, self.spec.log_path
+        try:
+            with open(path, "rb") as log:
+                log.seek(self._log_start)
+                text = log.read().decode(errors="replace")
+        except OSError:
+            text = "(no log)"
+        known = explanation(text, self.spec.key)
+        if known is not None:
+            return ExpertFailed(f"expert {name} {what}: {known}; its log is {path}")
+        cause = root_cause(text)
+        why = f" ({cause})" if cause else ""
+        return ExpertFailed(f"expert {name} {what}{why}; the end of its log ({path}):\n{tail(text)}")
 
     def healthy(self) -> bool:
         """Whether GET /health answers 200 now."""

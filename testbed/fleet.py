@@ -13,6 +13,7 @@ from typing import Any
 from ersim.config import ExpertConfig, FleetConfig
 from ersim.errors import bad_value
 from ersim.steptime import load_model
+from ersim.steptime.specs import check_tensor_parallel
 from testbed.expert_server import ExpertServer, ServerSpec, free_port
 from testbed.live_settings import LiveSettings, of_replica, read_live
 from testbed.weightless import write_model
@@ -43,6 +44,8 @@ def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]
     specs: dict[str, list[ServerSpec]] = {}
     for name, expert in fleet.experts.items():
         live = read_live(expert.live, expert.precision, f"fleet.experts.{name}", expert.gpu)
+        if live.weightless:
+            check_tensor_parallel(load_model(expert.model), expert.tp, f"fleet.experts.{name}")
         model = model_folder(expert, live, name, folder)
         specs[name] = [
             ServerSpec(
@@ -59,6 +62,7 @@ def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]
             )
             for replica in range(expert.replicas)
         ]
+    check_cores([spec for group in specs.values() for spec in group])
     check_gpus([spec for group in specs.values() for spec in group])
     ports = [spec.port for group in specs.values() for spec in group]
     for port in ports:
@@ -67,11 +71,19 @@ def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]
     return specs
 
 
+def check_cores(specs: Sequence[ServerSpec]) -> None:
+    """Raise ConfigError for servers whose cores their tensor-parallel ranks cannot share evenly."""
+    for spec in specs:
+        if spec.live.device == "cpu" and len(spec.cores) % spec.tp:
+            shares = f"as many for each of the {spec.tp} ranks of a replica (tp={spec.tp})"
+            raise bad_value(f"{spec.key}.live.cores", shares, spec.cores)
+
+
 def check_gpus(specs: Sequence[ServerSpec]) -> None:
     """Raise ConfigError for servers that share a machine without saying their GPUs, or not as many as TP."""
     on_gpu = [spec for spec in specs if spec.live.device == "gpu"]
     for spec in on_gpu:
-        key = f"fleet.experts.{spec.expert}.live.gpus"
+        key = f"{spec.key}.live.gpus"
         if not spec.gpus and len(on_gpu) > 1:
             raise bad_value(key, f"given when {len(on_gpu)} servers share the machine", spec.gpus)
         if spec.gpus and len(spec.gpus) != spec.tp:

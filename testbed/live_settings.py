@@ -26,9 +26,10 @@ class LiveSettings:
     (see `weightless.QUANTIZATIONS`), used by the weightless mode. tokenizer: word (one word, one
     token; weightless only), none (token ids only), model (what the model's folder holds).
     port: of the first replica, the next ones follow; 0 takes free ports. device: cpu or gpu.
-    cores: CPU cores of each replica (its compute threads are bound to them), gpus: GPU indices of
-    each replica. api_servers: front-end processes of each replica, for GPUs that answer faster than
-    one can write. kv_space_gib: KV cache on CPU. args and env go to the server as they are.
+    cores: CPU cores of each replica: it computes with as many threads; vLLM binds them where there are
+    several tensor-parallel ranks, which share the cores evenly. gpus: GPU indices of each replica.
+    api_servers: front-end processes of each replica, for GPUs that answer faster than one can write.
+    kv_space_gib: KV cache of each rank on CPU. args and env go to the server as they are.
     """
 
     model: str | None = None

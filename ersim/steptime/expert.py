@@ -29,6 +29,7 @@ from ersim.steptime.transfer import Setting, build_transfer, nearest
 
 FRONTEND_REL_STD = 0.4  # doubt (log) of an assumed API server time; docs/accuracy.md
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16  # vLLM 0.32's defaults
+CPU_SEQS, CPU_TOKENS = 128, 2048  # of a server, for each tensor-parallel rank; likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +188,8 @@ def _resolve_engine(
         value = getattr(settings, name)
         return int(value if value is not None else recorded.get(name, default))
 
-    seqs = pick("max_num_seqs", gpu.default_num_seqs if gpu else 128)
-    tokens = pick("max_num_batched_tokens", gpu.default_batched_tokens if gpu else 2048)
+    seqs = pick("max_num_seqs", gpu.default_num_seqs if gpu else CPU_SEQS * expert.tp)
+    tokens = pick("max_num_batched_tokens", gpu.default_batched_tokens if gpu else CPU_TOKENS * expert.tp)
     if not settings.enable_chunked_prefill:
         tokens = max(tokens, settings.max_model_len)
     tokens = max(tokens, seqs) if settings.max_num_batched_tokens is None else tokens

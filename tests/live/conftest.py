@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ersim.config import ExpertConfig, FleetConfig
+
+sys.path.insert(0, str(Path(__file__).parent))  # checkpoints.py stands beside the tests
 
 
 @dataclass

@@ -123,3 +123,13 @@ def test_a_recorded_block_count_wins(tmp_path):
     assert build_expert_model(expert, "expert").engine.kv_blocks == 1234
     expert.engine.max_num_seqs = 128  # other settings, another count
     assert build_expert_model(expert, "expert").engine.kv_blocks != 1234
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_cpu_server_takes_more_at_once_with_more_ranks(tmp_path, tp):
+    recorded = copy.deepcopy(json.loads(SOME.read_text()))
+    path = tmp_path / "cpu.json"
+    path.write_text(json.dumps({**recorded, "gpu": "cpu", "tp": tp, "kv_blocks": 100, "engine": {}}))
+    expert = ExpertConfig(recorded["model"], recorded["precision"], "cpu", tp, calibration=str(path))
+    engine = build_expert_model(expert, "expert").engine
+    assert (engine.max_num_seqs, engine.max_num_batched_tokens) == (128 * tp, 2048 * tp)

@@ -110,6 +110,71 @@ def test_an_expert_that_never_gets_ready_is_stopped(tmp_path: Path) -> None:
     assert not server.running
 
 
+REFUSED = """\
+(APIServer pid=7) INFO 11-21 15:39:30 [model.py:733] Resolved architecture: LlamaForCausalLM
+(EngineCore pid=9) ERROR 11-21 15:39:52 [core.py:1510] Traceback (most recent call last):
+(EngineCore pid=9) ERROR 11-21 15:39:52 [core.py:1510]   File "core.py", line 1482, in run_engine_core
+(EngineCore pid=9) ERROR 11-21 15:39:52 [core.py:1510] {cause}
+Traceback (most recent call last):
+  File "utils.py", line 1431, in wait_for_engine_startup
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("cause", "remedy"),
+    [
+        (
+            "RuntimeError: _C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4",
+            r"take fleet\.experts\.e\.precision=int8, int4 or bf16",
+        ),
+        (
+            "ValueError: Failed to find a kernel that can implement the ScaledMM linear layer. Reasons: \n"
+            "(EngineCore pid=9) ERROR 11-21 15:39:52 [core.py:1510] CPUFp8BlockScaledMMKernel requires AMX",
+            r"take fleet\.experts\.e\.precision=int8, int4 or bf16.* Reasons: CPUFp8Block\w+ requires AMX",
+        ),
+        (
+            "ValueError: Available memory on node 0 (9.1/23.5 GiB) on kv cache allocation is less than "
+            "requested memory for kv (400.0 GiB).",
+            r"lower fleet\.experts\.e\.live\.kv_space_gib",
+        ),
+        (
+            "ValueError: To serve at least one request with the models's max seq len (8192), 0.02 GiB KV "
+            "cache is needed, which is larger than the available KV cache memory (0.01 GiB).",
+            r"raise fleet\.experts\.e\.live\.kv_space_gib .*lower fleet\.experts\.e\.engine\.max_model_len",
+        ),
+        (
+            "OSError: We couldn't connect to 'http://127.0.0.1:9' to load the files, and couldn't find them "
+            "in the cached files.",
+            r"fleet\.experts\.e\.live\.model names a model of the hub.*give the directory of a model",
+        ),
+    ],
+)
+def test_a_refusal_that_is_known_is_one_line_with_its_remedy(tmp_path: Path, cause: str, remedy: str) -> None:
+    code = f"import sys\nsys.stderr.write({REFUSED.format(cause=cause)!r})\nsys.exit(1)\n"
+    server = ExpertServer(spec(tmp_path, python=fake_vllm(tmp_path, code)))
+    server.spec.log_path.write_text("ValueError: of an earlier start\n")
+    server.start()
+    with pytest.raises(ExpertFailed, match=remedy) as raised:
+        server.wait_ready()
+    assert cause.splitlines()[0].strip() in str(raised.value) and str(server.spec.log_path) in str(
+        raised.value
+    )
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_any_other_refusal_names_the_first_exception_and_shows_the_end(tmp_path: Path) -> None:
+    first, *others = REFUSED.format(cause="TypeError: later").splitlines(keepends=True)
+    log = [first, "pydantic.ValidationError: 1 validation error\n", "  Value error, no such thing\n", *others]
+    code = f"import sys\nsys.stderr.write({''.join(log)!r})\nsys.exit(1)\n"
+    server = ExpertServer(spec(tmp_path, python=fake_vllm(tmp_path, code)))
+    server.start()
+    with pytest.raises(ExpertFailed, match="Engine core initialization failed") as raised:
+        server.wait_ready()
+    told = str(raised.value).splitlines()[0]
+    assert "status 1 (pydantic.ValidationError: 1 validation error Value error, no such thing);" in told
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
@@ -239,6 +304,30 @@ def test_commands_and_environment_follow_the_config(tmp_path: Path) -> None:
     environment = server_environment(one, {"PATH": os.environ["PATH"]})
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0" and environment["X"] == "1"
     assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_each_rank_has_its_share_of_the_cores(tmp_path: Path) -> None:
+    one = dataclasses.replace(spec(tmp_path, kv_space_gib=0.25), tp=2, cores=[4, 5, 6, 7])
+    command, environment = server_command(one), server_environment(one, {"VLLM_CPU_KVCACHE_SPACE": "9"})
+    assert command[command.index("--distributed-executor-backend") + 1] == "mp"
+    assert command[command.index("--kv-cache-memory-bytes") + 1] == str(2**28)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment, "it would override the argument"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "4,5|6,7" and environment["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("tp", "cores", "message"),
+    [
+        (2, [[0, 1, 2]], r"fleet\.experts\.a\.live\.cores must be as many for each of the 2 ranks"),
+        (4, [], r"fleet\.experts\.a\.tp must be a divisor of the 6 attention heads of llama-36m"),
+    ],
+)
+def test_what_ranks_cannot_share_is_said_before_anything_starts(
+    tmp_path: Path, tp: int, cores: list[list[int]], message: str
+) -> None:
+    expert = ExpertConfig(model="llama-36m", gpu="cpu", tp=tp, live={"cores": cores})
+    with pytest.raises(ConfigError, match=message):
+        server_specs(FleetConfig("f", experts={"a": expert}), tmp_path)
 
 
 def test_one_config_gives_simulator_and_servers_the_same_fleet(tmp_path: Path) -> None:
