@@ -6,9 +6,10 @@ recorder therefore times a fixed piece of work between steps (`recording_schedul
 Slowness is that time over the time it took while profiling; what a step makes of it is its
 `sensitivity`. Calibrations hold step times at slowness 1, and a live run is simulated at the slowness
 of its own moments: the probe knows nothing of the requests, so that what is predicted stays a
-prediction. It runs in the caches that the step before it left, though: after prefill it took 7 to 13 %
-longer in the mean than after decode steps within one second (five measurements of two servers), so that
-only the probes after decode steps count where there are any. GPUs need no probe: slowness is 1 there.
+prediction. (It runs in the caches that the step before it left: after prefill it took a tenth longer than
+after decode steps of the same second. To leave those probes out, in profile and runs, moved no prediction of
+five measurements by more than a few tenths of a percent in the mean, so all count.) GPUs need no probe:
+slowness is 1 there.
 """
 
 from __future__ import annotations
@@ -24,43 +25,29 @@ from testbed.step_log import StepLog
 
 FloatArray = npt.NDArray[np.float64]
 REACH_S = 0.5  # probes this near to a step speak for it; a single one says little
-FEW_TOKENS = 64  # of prefill in a step, that leave the caches as a decode step does
 BIN_S = 0.5
 
 
 def reference_probe_s(log: StepLog) -> float | None:
     """Median probe time of a log, seconds; None when nothing was probed."""
-    for most_tokens in (FEW_TOKENS, np.inf):
-        _, probes = _probes(log, most_tokens)
-        if len(probes):
-            return float(np.median(probes))
-    return None
+    probes = [step.probe_s for step in log.steps if step.probe_s is not None]
+    return float(np.median(probes)) if probes else None
 
 
 def probes_s(log: StepLog) -> FloatArray:
     """Median probe time around each step, seconds, shape (steps,); NaN where none was near."""
-    calm, any_near = (_medians_near(log, *_probes(log, most)) for most in (FEW_TOKENS, np.inf))
-    near: FloatArray = np.where(np.isnan(calm), any_near, calm)
-    return near
-
-
-def _probes(log: StepLog, most_tokens: float) -> tuple[FloatArray, FloatArray]:
-    """When steps of at most so many prefill tokens ended, and what the probe took then, both in seconds."""
-    found = [
-        (step.updated_s, step.probe_s)
-        for step in log.steps
-        if step.probe_s is not None and sum(row.tokens for row in step.rows) <= most_tokens
-    ]
-    moments, probes = np.array(found, dtype=np.float64).reshape(-1, 2).T
-    return moments, probes
-
-
-def _medians_near(log: StepLog, moments_s: FloatArray, probes: FloatArray) -> FloatArray:
+    result = np.full(len(log.steps), np.nan)
+    probed = [(step.updated_s, step.probe_s) for step in log.steps if step.probe_s is not None]
+    if not probed:
+        return result
+    moments, probes = np.array(probed).T
     ends = np.array([step.updated_s for step in log.steps])
-    first = np.searchsorted(moments_s, ends - log.periods_s() - REACH_S)
-    last = np.searchsorted(moments_s, ends + REACH_S, side="right")
-    pairs = zip(first, last, strict=True)
-    return np.array([np.median(probes[low:high]) if high > low else np.nan for low, high in pairs])
+    first = np.searchsorted(moments, ends - log.periods_s() - REACH_S)
+    last = np.searchsorted(moments, ends + REACH_S, side="right")
+    for index, (low, high) in enumerate(zip(first, last, strict=True)):
+        if high > low:
+            result[index] = np.median(probes[low:high])
+    return result
 
 
 def slowness(log: StepLog, reference_s: float | None) -> FloatArray:

@@ -253,6 +253,27 @@ def test_refits_know_that_rounds_have_moods() -> None:
     assert 0.6 < np.mean(spreads) / np.std(slowdowns) < 2.0
 
 
+def test_a_rounds_mood_is_not_told_from_a_neighbour_that_ran_through_it() -> None:
+    rng = np.random.default_rng(6)
+    slowdowns, spreads = [], []
+    for _ in range(24):
+        moods, mine, theirs, clock = np.exp(rng.normal(0.0, 0.05, 6)), [], [], 0.0
+        for number in range(1200):
+            turn = number // 200
+            length = 0.021 * (1.0 + 0.3 * (turn % 2)) * moods[turn]
+            mine.append(step(number, clock, clock + length))
+            if turn % 2:
+                theirs.append(step(number, clock, clock + length))
+            clock += length
+        starts = [mine[first].schedule_s for first in range(0, 1200, 200)]
+        logs = {"a": [StepLog(META, mine, {})], "b": [StepLog(META, theirs, {})]}
+        found = fit_contention("a", logs, Affine(), rounds_s=starts)
+        slowdowns.append(found.slowdowns["b"])
+        spreads.append(np.std([refit[1] for refit in found.refits]))
+    assert np.mean(slowdowns) == pytest.approx(0.3, abs=0.03)
+    assert 0.5 < np.mean(spreads) / np.std(slowdowns) < 2.0
+
+
 def test_a_draw_is_one_of_the_refits() -> None:
     rng = np.random.default_rng(3)
     factors = np.repeat(np.exp(rng.normal(0.0, 0.15, 40)), 50)

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from testbed.host_speed import SpeedTrace, probes_s, reference_probe_s, slowness
+from testbed.host_speed import SpeedTrace, reference_probe_s, slowness
 from testbed.sensitivity import Sensitivity
-from testbed.step_log import LoggedStep, StepLog, StepRow
+from testbed.step_log import LoggedStep, StepLog
 
 PROBE_S = 0.0002
 
@@ -48,23 +48,6 @@ def test_without_probes_the_host_is_as_it_was() -> None:
     assert reference_probe_s(log) is None
     np.testing.assert_array_equal(slowness(log, None), np.ones(3))
     np.testing.assert_array_equal(slowness(log, PROBE_S), np.ones(3))
-
-
-def test_probes_after_prefill_do_not_count_beside_those_after_decode() -> None:
-    def probed(number: int, probe_s: float, prefill: int) -> LoggedStep:
-        rows = (StepRow(0, prefill, 0, prefill, prefill),) if prefill else ()
-        at = 0.02 * number
-        return LoggedStep(
-            number, at, at, at + 0.019, at + 0.02, 1, 0, 1, 1, 9, 9, rows, (), (), 1, 1e-5, None, probe_s
-        )
-
-    steps = [probed(i, 1.2e-4 if i % 2 else 1e-4, 512 * (i % 2)) for i in range(40)]
-    mixed = StepLog({"async_scheduling": False}, steps, {})
-    assert reference_probe_s(mixed) == 1e-4
-    np.testing.assert_allclose(probes_s(mixed), 1e-4)
-    only = StepLog({"async_scheduling": False}, steps[1::2], {})
-    assert reference_probe_s(only) == 1.2e-4, "better than none"
-    np.testing.assert_allclose(probes_s(only), 1.2e-4)
 
 
 def test_exponents_move_and_the_steps_of_the_checks_stay() -> None:
