@@ -50,7 +50,7 @@ from testbed.gateway.settings import GatewaySettings
 from testbed.host_speed import slowness
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
 from testbed.live_settings import read_live
-from testbed.plan import check_plan
+from testbed.plan import check_common_load, check_plan
 from testbed.power import PowerSampler
 from testbed.profile_fit import Profiled, cleared_steps, fit
 from testbed.profiling import Profiler, ProfileRun
@@ -67,6 +67,7 @@ def profile(job: LiveConfig) -> dict[str, Any]:
     folder = home(job)
     for expert in job.fleet.experts.values():
         check_plan(job.plan, expert.engine.max_model_len)
+    check_common_load(job.plan)
     set_aside(folder / "profile", "*.steps.jsonl")
     with failures_logged(job, "profile"), LiveFleet(job.fleet, folder / "profile", say) as live:
         calibrations = {name: _one_expert(job, live, name, folder) for name in job.fleet.experts}
