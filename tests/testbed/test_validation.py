@@ -17,6 +17,7 @@ from experiments.validate import (
     _bars_met,
     _errors,
     _failed,
+    _mean_abs,
     _predictions,
     _rows,
     check_versions,
@@ -64,10 +65,23 @@ def test_both_errors_stand_side_by_side_in_table_and_figures() -> None:
     assert rows["error"].tolist() == pytest.approx([-0.02, 0.05, 0.0])
     assert rows["error_at_slowness_1"].tolist() == pytest.approx([-0.2, 0.025, 0.0])
     bars = {"output_throughput": 0.05, "median_tpot_ms": 0.08}
-    assert _bars_met(_errors(rows, "error", bars), bars) == "2/2"
-    assert _bars_met(_errors(rows, "error_at_slowness_1", bars), bars) == "1/2"
+    assert _bars_met(_errors(rows, "error", bars), bars, [4]) == "2/2"
+    assert _bars_met(_errors(rows, "error_at_slowness_1", bars), bars, [4]) == "1/2"
     head, first, *_ = table(rows).splitlines()
     assert head.endswith("error at slowness 1") and first.endswith("-20.0%") and len(first) == len(head)
+
+
+def test_a_figure_that_is_missing_has_not_met_its_bar() -> None:
+    told = {"output_throughput": 98.0, "per_expert": SUMMARY["per_expert"]}  # no request ended: no TPOT
+    rows = pd.DataFrame(_rows(4, SUMMARY, told, told, ["a"]))
+    bars = {"output_throughput": 0.05, "median_tpot_ms": 0.08}
+    errors = _errors(rows, "error", bars)
+    assert _bars_met(errors, bars, [4]) == "1/2" and _bars_met(errors, bars, [4, 8]) == "1/4"
+    assert (
+        _bars_met({}, bars, [4]) == "0/2"
+        and _bars_met({"median_tpot_ms": {4: float("nan")}}, bars, [4]) == "0/2"
+    )
+    assert _mean_abs(errors) == {"output_throughput": 0.02, "median_tpot_ms": None}
 
 
 def test_requests_without_an_answer_are_counted_in_all_repeats() -> None:
