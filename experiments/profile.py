@@ -43,7 +43,7 @@ from experiments.live_tracking import failures_logged, log_profile
 from experiments.paths import conf_dir
 from testbed.contention import Contention, fit_contention
 from testbed.fleet import LiveFleet, replica_name
-from testbed.fleet_calibration import FleetCalibration, with_calibrations
+from testbed.fleet_calibration import FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
@@ -179,6 +179,7 @@ def _together(
         users=list(job.plan.mixed_users),
         vllm_version=str(next(iter(logs.values()))[0].meta["vllm_version"]),
         waits=extra_waits(ways),
+        digests=calibration_digests(fleet, shared),
     )
     save_fleet(known, folder)
     return known
