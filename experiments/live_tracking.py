@@ -86,7 +86,8 @@ def log_validation(job: LiveConfig, folder: Path, rows: pd.DataFrame, figures: M
             value = float(getattr(row, kind))
             if abs(value) < 1e300 and value == value:
                 numbers.append((f"{kind}/{row.metric}", value, int(row.users)))
-    numbers += [(f"mean_error/{key}", value, 0) for key, value in figures["mean_abs_error"].items()]
+    means = figures["mean_abs_error"].items()
+    numbers += [(f"mean_error/{key}", value, 0) for key, value in means if value is not None]
     params = {"fleet": job.fleet.name, "seed": job.seed, "seconds": job.seconds, "router": job.router.policy}
     files = [
         folder / "validation.csv",

@@ -43,14 +43,14 @@ from experiments.live_tracking import failures_logged, log_profile
 from experiments.paths import conf_dir
 from testbed.contention import Contention, fit_contention
 from testbed.fleet import LiveFleet, replica_name
-from testbed.fleet_calibration import FleetCalibration, with_calibrations
+from testbed.fleet_calibration import FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
 from testbed.host_speed import slowness
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
 from testbed.live_settings import read_live
-from testbed.plan import check_plan
+from testbed.plan import check_common_load, check_plan
 from testbed.power import PowerSampler
 from testbed.profile_fit import Profiled, cleared_steps, fit
 from testbed.profiling import Profiler, ProfileRun
@@ -67,6 +67,7 @@ def profile(job: LiveConfig) -> dict[str, Any]:
     folder = home(job)
     for expert in job.fleet.experts.values():
         check_plan(job.plan, expert.engine.max_model_len)
+    check_common_load(job.plan)
     set_aside(folder / "profile", "*.steps.jsonl")
     with failures_logged(job, "profile"), LiveFleet(job.fleet, folder / "profile", say) as live:
         calibrations = {name: _one_expert(job, live, name, folder) for name in job.fleet.experts}
@@ -178,6 +179,7 @@ def _together(
         users=list(job.plan.mixed_users),
         vllm_version=str(next(iter(logs.values()))[0].meta["vllm_version"]),
         waits=extra_waits(ways),
+        digests=calibration_digests(fleet, shared),
     )
     save_fleet(known, folder)
     return known

@@ -11,7 +11,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import contextlib
 import dataclasses
-import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +21,7 @@ import hydra
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ersim.config import SimulationConfig
 from ersim.errors import ConfigError, DataError, bad_value
@@ -41,14 +42,22 @@ from experiments.live_schema import (
 from experiments.live_tracking import failures_logged, log_validation
 from experiments.paths import conf_dir
 from testbed.fleet import LiveFleet, replica_name
-from testbed.fleet_calibration import FleetCalibration, with_calibrations
+from testbed.fleet_calibration import (
+    FleetCalibration,
+    calibration_digests,
+    check_digests,
+    with_calibrations,
+)
 from testbed.fleet_calibration import load as load_fleet
 from testbed.gateway.process import GatewayProcess
 from testbed.host_speed import SpeedTrace
 from testbed.live_run import check_answered, gateway_settings, level_config, run_level
 from testbed.measured import power_figures
 from testbed.measured_run import (
+    KIND,
+    check_measured_with,
     read_power,
+    read_record,
     read_run,
     read_span_s,
     read_speed,
@@ -97,9 +106,12 @@ def validate(job: LiveConfig) -> dict[str, Any]:
     base = simulation(job, fleet, 1)
     base.gateway = known.gateway_config(job.gateway)
     shared = Preparations()
+    digests = calibration_digests(fleet, shared)
+    check_digests(known, digests, folder)
     if job.measure:
         with failures_logged(job, "validate"):
             _measure(job, base, shared, known, folder)
+    check_measured_with(_run_folders(job, folder), digests)
     runs = _stored_runs(job, folder)
     check_versions(read_versions([folder / "runs" / f"u{users}r0" for users in job.users]), known)
     power = read_power(folder / "runs")
@@ -127,6 +139,7 @@ def _measure(
     Before each round every server answers a few requests alone (see `testbed.standing`).
     """
     set_aside(folder / "runs", "*/run.json")
+    digests = calibration_digests(base.fleet, shared)
     with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs"):
         settings = gateway_settings(base, shared, live, folder / "runs")
         started = [server.spec for server in live.all_servers]
@@ -140,7 +153,7 @@ def _measure(
                     tag = f"u{users}r{repeat}"
                     run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag, repeat)
                     check_answered(run)
-                    write_run(run, level, folder / "runs" / tag, standings, repeat)
+                    write_run(run, level, folder / "runs" / tag, standings, digests, repeat)
 
 
 @contextlib.contextmanager
@@ -153,6 +166,11 @@ def _power_kept(folder: Path) -> Iterator[None]:
             write_power(power.log, folder)
 
 
+def _run_folders(job: LiveConfig, folder: Path) -> list[Path]:
+    """Of every measured run of the job."""
+    return [folder / "runs" / f"u{users}r{repeat}" for users in job.users for repeat in range(job.repeats)]
+
+
 def _stored_runs(job: LiveConfig, folder: Path) -> dict[tuple[int, int], Run]:
     """The measured runs, by (users, repeat)."""
     keys = [(users, repeat) for repeat in range(job.repeats) for users in job.users]
@@ -161,12 +179,13 @@ def _stored_runs(job: LiveConfig, folder: Path) -> dict[tuple[int, int], Run]:
 
 def recorded_config(path: Path) -> SimulationConfig:
     """The simulation that a run.json describes: what it takes to predict a measured run again."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not the run.json of a measured run ({error!r})") from error
+    stored = read_record(path.parent).config
     schema = OmegaConf.structured(SimulationConfig)
-    config: SimulationConfig = OmegaConf.to_object(OmegaConf.merge(schema, stored))  # type: ignore[assignment]
+    try:
+        config: SimulationConfig = OmegaConf.to_object(OmegaConf.merge(schema, stored))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        why = str(error).splitlines()[0]
+        raise DataError(f"{path}: config cannot be used ({why}); {KIND.remedy}") from error
     return config
 
 
@@ -269,8 +288,7 @@ def _speeds(
     job: LiveConfig, base: SimulationConfig, shared: Preparations, folder: Path, users: int
 ) -> list[dict[str, SpeedTrace]]:
     """How fast each expert's servers ran during each repeat of one load."""
-    every = [folder / "runs" / f"u{load}r{repeat}" for load in job.users for repeat in range(job.repeats)]
-    standings = read_standings(every)
+    standings = read_standings(_run_folders(job, folder))
     found: list[dict[str, SpeedTrace]] = []
     for repeat in range(job.repeats):
         run, speeds = folder / "runs" / f"u{users}r{repeat}", {}
@@ -320,12 +338,16 @@ def _errors(rows: pd.DataFrame, column: str, metrics: Iterable[str]) -> dict[str
     return found
 
 
-def _mean_abs(errors: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    return {m: round(float(np.mean(np.abs(list(e.values())))), 4) for m, e in errors.items()}
+def _mean_abs(errors: Mapping[str, Mapping[int, float]]) -> dict[str, float | None]:
+    return {m: round(float(np.mean(np.abs(list(e.values())))), 4) if e else None for m, e in errors.items()}
 
 
-def _bars_met(errors: Mapping[str, Mapping[int, float]], bars: Mapping[str, float]) -> str:
-    met = [abs(error) <= bars[metric] for metric, by_load in errors.items() for error in by_load.values()]
+def _bars_met(
+    errors: Mapping[str, Mapping[int, float]], bars: Mapping[str, float], loads: Iterable[int]
+) -> str:
+    """Of every bar at every load; a figure that could not be compared has not met its own."""
+    wanted = [(metric, users) for metric in bars for users in dict.fromkeys(loads)]
+    met = [abs(errors.get(metric, {}).get(users, math.inf)) <= bars[metric] for metric, users in wanted]
     return f"{sum(met)}/{len(met)}"
 
 
@@ -352,8 +374,8 @@ def _figures(
         "errors": errors,
         "mean_abs_error": _mean_abs(errors),
         "bars": dict(bars),
-        "bars_met": _bars_met(errors, bars),
-        "at_slowness_1": {"mean_abs_error": _mean_abs(plain), "bars_met": _bars_met(plain, bars)},
+        "bars_met": _bars_met(errors, bars, job.users),
+        "at_slowness_1": {"mean_abs_error": _mean_abs(plain), "bars_met": _bars_met(plain, bars, job.users)},
         "inside_interval": f"{int(inside.astype(bool).sum())}/{len(inside)}",
         "replay": replays,
         "power": {"measured": bool(power.rows), "why": power.absent},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from testbed.power import PowerLog
 from testbed.sensitivity import Sensitivity, probe_s
 from testbed.standing import Standing, together
 from testbed.step_log import StepLog
+from testbed.stored_json import FileKind, StoredJson
+
+FORMAT = "ersim-measured-run"
+VERSION = 2
+"""Of run.json. 1, which said neither, had step-time factors where `Standing.factor` now is a slowness."""
+FILE = "run.json"
+KIND = FileKind("the run.json of a measured run", FORMAT, VERSION, "measure it again")
+KEYS = ("start_s", "end_s", "users", "repeat", "standings", "unfinished", "engines", "calibrations", "config")
 
 
 def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
@@ -60,25 +69,60 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, Gaps]:
     return frame, gaps
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json says of a measured run, checked.
+
+    start_s, end_s: monotonic seconds of the machine that measured it. repeat: see `write_run`. standings
+    and versions (of vLLM): by server. calibrations: digest of each expert's (`Calibration.digest`), which
+    the standings are relative to and the gateway's policy was made with. config: the simulation's, as
+    plain values.
+    """
+
+    start_s: float
+    end_s: float
+    repeat: int
+    standings: Mapping[str, Standing]
+    versions: Mapping[str, str]
+    calibrations: Mapping[str, str]
+    config: Mapping[str, Any]
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The run.json of a run. Raises DataError naming file, key, value and remedy: damaged, old or foreign."""
+    file = StoredJson(KIND, folder / FILE)
+    data = file.read()
+    file.only(data, KEYS)
+    start_s = file.number("start_s", data["start_s"])
+    standings = file.mapping("standings", data["standings"])
+    engines = file.mapping("engines", data["engines"])
+    metas = {name: file.mapping(f"engines.{name}", meta) for name, meta in engines.items()}
+    return RunRecord(
+        start_s,
+        file.number("end_s", data["end_s"], start_s),
+        file.integer("repeat", data["repeat"]),
+        {name: _standing(file, f"standings.{name}", item) for name, item in standings.items()},
+        {name: str(meta.get("vllm_version")) for name, meta in metas.items()},
+        file.texts("calibrations", data["calibrations"]),
+        file.mapping("config", data["config"]),
+    )
+
+
+def _standing(file: StoredJson, key: str, item: object) -> Standing:
+    """All its figures are numbers >= 0, the factor above it."""
+    data = file.mapping(key, item)
+    names = [one.name for one in dataclasses.fields(Standing)]
+    file.only(data, names, key)
+    for name in names:
+        file.number(f"{key}.{name}", data[name], least=0.0)
+    file.number(f"{key}.factor", data["factor"], above=0.0)
+    return Standing(**data)
+
+
 def read_span_s(folder: Path) -> tuple[float, float]:
     """When a run began and ended, monotonic seconds of the machine that measured it."""
-    stored = _stored(folder)
-    return float(stored["start_s"]), float(stored["end_s"])
-
-
-def _stored(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or (
-            lacking := {"start_s", "end_s", "repeat", "engines"} - set(stored)
-        ):
-            raise ValueError(
-                "no JSON object" if not isinstance(stored, dict) else f"without {sorted(lacking)}"
-            )
-        return stored
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not the run.json of a measured run ({error}); measure it again") from error
+    record = read_record(folder)
+    return record.start_s, record.end_s
 
 
 def read_standings(folders: Sequence[Path]) -> dict[str, Standing]:
@@ -87,26 +131,32 @@ def read_standings(folders: Sequence[Path]) -> dict[str, Standing]:
     folders: of its runs; those of one repeat share a check. Raises DataError when a file is damaged.
     """
     checks: dict[str, dict[int, Standing]] = {}
-    for folder in folders:
-        stored = _stored(folder)
-        for name, item in stored.get("standings", {}).items():
-            checks.setdefault(name, {})[int(stored["repeat"])] = _standing(folder, item)
+    for record in map(read_record, folders):
+        for name, item in record.standings.items():
+            checks.setdefault(name, {})[record.repeat] = item
     return {name: together(list(by_repeat.values())) for name, by_repeat in checks.items()}
 
 
 def read_versions(folders: Sequence[Path]) -> dict[str, str]:
     """The vLLM that every server ran, by name. Raises DataError when a run.json is damaged."""
-    engines = {name: meta for one in folders for name, meta in _stored(one)["engines"].items()}
-    return {name: str((meta or {}).get("vllm_version")) for name, meta in engines.items()}
+    return {name: version for one in folders for name, version in read_record(one).versions.items()}
 
 
-def _standing(folder: Path, item: Mapping[str, Any]) -> Standing:
-    try:
-        return Standing(**item)
-    except TypeError as error:
-        raise DataError(
-            f"{folder / 'run.json'}: measured by an earlier version ({error}); measure it again"
-        ) from error
+def check_measured_with(folders: Sequence[Path], digests: Mapping[str, str]) -> None:
+    """Raise DataError for a run that was measured with another calibration than it is to be predicted with.
+
+    digests: by expert, of the calibrations now (see `fleet_calibration.calibration_digests`). On GPUs too,
+    where there are no standings: a policy that counts prices has them from the calibration.
+    """
+    for folder in folders:
+        stored = read_record(folder).calibrations
+        for name in sorted({*stored, *digests}):
+            was, now = stored.get(name, "none"), digests.get(name, "none")
+            if was != now:
+                raise DataError(
+                    f"{folder / FILE}: measured with another calibration of expert {name} ({was[:12]}) "
+                    f"than there is now ({now[:12]}); measure again"
+                )
 
 
 def read_speed(
@@ -165,11 +215,13 @@ def write_run(
     config: SimulationConfig,
     folder: Path,
     standings: Mapping[str, Standing],
+    calibrations: Mapping[str, str],
     repeat: int = 0,
 ) -> None:
     """Write requests.parquet, gaps.parquet, steps_<server>.parquet and run.json.
 
-    standings: by server, the check before this repeat (see `standing`); none on a GPU.
+    standings: by server, the check before this repeat (see `standing`); none on a GPU. calibrations: by
+    expert, the digest of the one that it is measured with.
     repeat: which requests of the configuration it sent (see `predict.live_workload`).
     """
     _parquet(run.requests, folder / "requests.parquet")
@@ -179,8 +231,10 @@ def write_run(
         steps = steps_frame(log, run.load.start_s)
         _parquet(steps, folder / f"steps_{name}.parquet")
     write_json(
-        folder / "run.json",
+        folder / FILE,
         {
+            "format": FORMAT,
+            "version": VERSION,
             "users": run.users,
             "repeat": repeat,
             "start_s": run.load.start_s,
@@ -188,6 +242,7 @@ def write_run(
             "standings": {name: dataclasses.asdict(item) for name, item in standings.items()},
             "unfinished": run.load.unfinished,
             "engines": {name: dict(log.meta) for name, log in run.logs.items()},
+            "calibrations": dict(calibrations),
             "config": dataclasses.asdict(config),
         },
     )

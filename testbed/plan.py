@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -62,10 +63,25 @@ def check_plan(plan: ProfilePlan, max_model_len: int) -> None:
     for name in ("prefill_tokens", "decode_batches", "decode_contexts", "mixed_users"):
         if any(value < 1 for value in getattr(plan, name)):
             raise bad_value(f"plan.{name}", "all >= 1", getattr(plan, name))
-    if plan.rounds < 1:
-        raise bad_value("plan.rounds", ">= 1", plan.rounds)
+        if not getattr(plan, name) and name != "mixed_users":
+            raise bad_value(f"plan.{name}", "at least one number", getattr(plan, name))
+    for name, least in (("repeats", 1), ("decode_tokens", 2), ("rounds", 1)):  # one token: no decode step
+        if getattr(plan, name) < least:
+            raise bad_value(f"plan.{name}", f">= {least}", getattr(plan, name))
+    smallest = min(plan.decode_batches) * min(plan.decode_contexts)
+    if plan.max_context_tokens < smallest:
+        must = f">= {smallest}, or no decode batch is left of the grid"
+        raise bad_value("plan.max_context_tokens", must, plan.max_context_tokens)
     if not plan.seconds > 0:
         raise bad_value("plan.seconds", "> 0", plan.seconds)
+
+
+def check_common_load(plan: ProfilePlan) -> None:
+    """Raise ConfigError for a plan without the common load that a fleet is profiled under."""
+    if not plan.mixed_users:
+        raise bad_value("plan.mixed_users", "at least one number of users", plan.mixed_users)
+    if not 0 < plan.mixed_s < math.inf:
+        raise bad_value("plan.mixed_s", "a number of seconds > 0", plan.mixed_s)
 
 
 def phases(plan: ProfilePlan, max_num_seqs: int) -> Iterator[Phase]:

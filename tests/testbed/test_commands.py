@@ -20,10 +20,11 @@ from experiments.live import split_arguments
 from experiments.live_schema import LiveConfig, list_overrides
 from experiments.live_tracking import failures_logged
 from experiments.profile import check_precision
-from experiments.validate import check_loads, check_recorded
+from experiments.validate import check_loads, check_recorded, recorded_config
 from testbed.contention import Contention
 from testbed.fleet import server_specs
 from testbed.fleet_calibration import FleetCalibration, load, save, with_calibrations
+from testbed.measured_run import FORMAT, VERSION
 from testbed.plan import ClosedLoop, ProfilePlan, phases
 from testbed.step_scatter import StepScatter
 
@@ -32,7 +33,7 @@ KNOWN = FleetCalibration(
     "f", {"a": "a.json"},
     {"a": Contention({"b": 0.1}, [[1.0, 0.2]], StepScatter([0.9, 1.1], [1.0]), 1.1, [0.98])},
     {"network_s": 0.001, "base_s": 0.0002, "routing_s": 0.0004, "backend_network_s": 0.003},
-    [3, 6], "0.32.0", [[1, 0.001, 0.0, 0.001]],
+    [3, 6], "0.32.0", [[1, 0.001, 0.0, 0.001]], {"a": "d" * 64},
 )  # fmt: skip
 
 
@@ -157,13 +158,26 @@ def test_bad_input_is_one_message_and_a_status(arguments: tuple[str, ...], messa
 def test_a_stored_run_is_predicted_only_as_it_was_measured(tmp_path: Path) -> None:
     level = SimulationConfig(users=4, seed=7, fleet=FleetConfig("f", experts={"a": ExpertConfig()}))
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"config": dataclasses.asdict(level)}))
+    run = {
+        "format": FORMAT, "version": VERSION, "users": 4, "repeat": 0, "start_s": 0.0, "end_s": 1.0,
+        "standings": {}, "unfinished": 0, "engines": {}, "calibrations": {},
+        "config": dataclasses.asdict(level),
+    }  # fmt: skip
+    path.write_text(json.dumps(run))
     check_recorded(path, level)
     with pytest.raises(ConfigError, match=r"seed must be as in the measured run \(7, .*run\.json\), got 8"):
         check_recorded(path, dataclasses.replace(level, seed=8))
     busier = dataclasses.replace(level, workload=dataclasses.replace(level.workload, think_s=9.0))
     with pytest.raises(ConfigError, match=r"workload\.think_s must be as in the measured run"):
         check_recorded(path, busier)
+    for changes, message in (
+        ({"version": 1}, "not the run.json of a measured run"),
+        ({"config": {"userz": 4}}, "config cannot be used"),
+        ({"config": {"users": "many"}}, "config cannot be used"),
+    ):
+        path.write_text(json.dumps({**run, **changes}))
+        with pytest.raises(DataError, match=rf"run\.json: {message}.*; measure it again"):
+            recorded_config(path)
 
 
 def test_weights_of_another_precision_than_said_are_refused() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ersim.config import ExpertConfig
+from ersim.errors import DataError
 from ersim.steptime import load
 from ersim.steptime.calibration import CALIBRATION_DIR
 from testbed.profile_fit import Profiled, _alone, cleared_steps, fit
@@ -95,6 +96,14 @@ def test_a_calibration_tells_what_its_profile_found() -> None:
     assert Sensitivity.of(known) == Sensitivity() and probe_s(known) is None, "no live profile"
     live = dataclasses.replace(known, provenance={"probe_s": 2e-4, KEY: {"plain": 0.8, "reads": 0.4}})
     assert Sensitivity.of(live) == Sensitivity(0.8, 0.4) and probe_s(live) == 2e-4
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -2e-4, float("nan"), float("inf"), "2e-4", True, []])
+def test_a_probe_that_took_no_time_is_refused(value: object) -> None:
+    known = load(sorted(CALIBRATION_DIR.rglob("*.json"))[0])
+    wrong = dataclasses.replace(known, provenance={"probe_s": value})
+    with pytest.raises(DataError, match=r"provenance\.probe_s must be a number > 0, got .*; profile again"):
+        probe_s(wrong)
 
 
 def profiled(plain: float, reads: float, probed: bool = True) -> tuple[StepLog, ProfileRun]:

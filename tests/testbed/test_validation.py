@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,24 +10,32 @@ import pandas as pd
 import pytest
 
 from ersim.config import ExpertConfig, FleetConfig, SimulationConfig, WorkloadConfig
-from ersim.errors import ConfigError
+from ersim.errors import ConfigError, DataError
 from ersim.prepare import Preparations
 from ersim.results import Gaps, Window
+from ersim.steptime.calibration import CALIBRATION_DIR
+from ersim.steptime.calibration import load as load_calibration
+from ersim.steptime.calibration import save as save_calibration
 from experiments.live_schema import LiveConfig
 from experiments.validate import (
     _bars_met,
     _errors,
     _failed,
+    _mean_abs,
     _predictions,
     _rows,
     check_versions,
     logged_version,
     table,
+    validate,
 )
 from testbed.contention import Contention
 from testbed.fleet_calibration import FleetCalibration
+from testbed.fleet_calibration import save as save_fleet
 from testbed.host_speed import SpeedTrace
 from testbed.live_run import level_config
+from testbed.measured_run import FORMAT as RUN_FORMAT
+from testbed.measured_run import VERSION as RUN_VERSION
 from testbed.measured_run import read_versions
 from testbed.pooled import answered
 from testbed.predict import predict_once
@@ -64,10 +73,23 @@ def test_both_errors_stand_side_by_side_in_table_and_figures() -> None:
     assert rows["error"].tolist() == pytest.approx([-0.02, 0.05, 0.0])
     assert rows["error_at_slowness_1"].tolist() == pytest.approx([-0.2, 0.025, 0.0])
     bars = {"output_throughput": 0.05, "median_tpot_ms": 0.08}
-    assert _bars_met(_errors(rows, "error", bars), bars) == "2/2"
-    assert _bars_met(_errors(rows, "error_at_slowness_1", bars), bars) == "1/2"
+    assert _bars_met(_errors(rows, "error", bars), bars, [4]) == "2/2"
+    assert _bars_met(_errors(rows, "error_at_slowness_1", bars), bars, [4]) == "1/2"
     head, first, *_ = table(rows).splitlines()
     assert head.endswith("error at slowness 1") and first.endswith("-20.0%") and len(first) == len(head)
+
+
+def test_a_figure_that_is_missing_has_not_met_its_bar() -> None:
+    told = {"output_throughput": 98.0, "per_expert": SUMMARY["per_expert"]}  # no request ended: no TPOT
+    rows = pd.DataFrame(_rows(4, SUMMARY, told, told, ["a"]))
+    bars = {"output_throughput": 0.05, "median_tpot_ms": 0.08}
+    errors = _errors(rows, "error", bars)
+    assert _bars_met(errors, bars, [4]) == "1/2" and _bars_met(errors, bars, [4, 8]) == "1/4"
+    assert (
+        _bars_met({}, bars, [4]) == "0/2"
+        and _bars_met({"median_tpot_ms": {4: float("nan")}}, bars, [4]) == "0/2"
+    )
+    assert _mean_abs(errors) == {"output_throughput": 0.02, "median_tpot_ms": None}
 
 
 def test_requests_without_an_answer_are_counted_in_all_repeats() -> None:
@@ -87,13 +109,40 @@ def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_lo
 
 def test_a_stored_run_names_the_vllm_it_was_measured_with(tmp_path: Path) -> None:
     run = {
-        "start_s": 0.0,
-        "end_s": 1.0,
-        "repeat": 0,
+        "format": RUN_FORMAT, "version": RUN_VERSION, "users": 1, "repeat": 0, "start_s": 0.0, "end_s": 1.0,
+        "standings": {}, "unfinished": 0, "calibrations": {}, "config": {},
         "engines": {"a": {"vllm_version": "0.31.0"}, "b": {"vllm_version": "0.32.0"}},
-    }
+    }  # fmt: skip
     (tmp_path / "run.json").write_text(json.dumps(run))
     versions = read_versions([tmp_path])
     assert versions == {"a": "0.31.0", "b": "0.32.0"}
     with pytest.raises(ConfigError, match=r"a runs vLLM 0\.31\.0, its calibration was made with 0\.32\.0"):
         check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.32.0"))
+
+
+def test_stored_runs_are_predicted_only_with_what_they_were_measured_with(tmp_path: Path) -> None:
+    """A profile made anew, and one that broke off before it wrote fleet.json, each say so."""
+    shipped = load_calibration(CALIBRATION_DIR / "h100-80gb" / "llama3.1-8b_bf16_tp1_tables.json")
+    save_calibration(shipped, tmp_path / "a.json")
+    gateway = dict.fromkeys(("network_s", "base_s", "routing_s", "backend_network_s"), 0.001)
+    digest = load_calibration(tmp_path / "a.json").digest
+    known = FleetCalibration("f", {"a": "a.json"}, {"a": Contention()}, gateway, digests={"a": digest})
+    save_fleet(known, tmp_path)
+    folder = tmp_path / "runs" / "u4r0"
+    folder.mkdir(parents=True)
+    run = {
+        "format": RUN_FORMAT, "version": RUN_VERSION, "users": 4, "repeat": 0, "start_s": 0.0, "end_s": 1.0,
+        "standings": {}, "unfinished": 0, "engines": {}, "calibrations": {"a": digest}, "config": {},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(run))
+    fleet = FleetConfig("f", experts={"a": ExpertConfig()})
+    job = LiveConfig(fleet=fleet, users=[4], repeats=1, measure=False, folder=str(tmp_path))
+    with pytest.raises(DataError, match="not a whole measured run"):  # its requests: all checks before passed
+        validate(job)
+    save_calibration(dataclasses.replace(shipped, residual_rel_std=0.5), tmp_path / "a.json")
+    with pytest.raises(DataError, match=r"fleet\.json was made with .*; profile the fleet again"):
+        validate(job)
+    digests = {"a": load_calibration(tmp_path / "a.json").digest}
+    save_fleet(dataclasses.replace(known, digests=digests), tmp_path)
+    with pytest.raises(DataError, match=r"u4r0/run\.json: measured with another .*; measure again"):
+        validate(job)
