@@ -80,8 +80,13 @@ class Sensitivity:
         """What a live calibration recorded; every step alike where it recorded none."""
         stored: Mapping[str, Any] = calibration.provenance.get(KEY) or {}
         try:
-            return cls(**stored)
-        except TypeError as error:
+            found = cls(**stored)
+            figures = np.array([found.plain, found.reads], dtype=np.float64)
+            shape = np.array(found.covariance, dtype=np.float64).shape
+            if not (np.isfinite(figures).all() and (figures >= 0.0).all() and shape in ((0,), (2, 2))):
+                raise ValueError(f"exponents must be >= 0, with a covariance of 2 x 2 or none, got {stored}")
+            return found
+        except (TypeError, ValueError) as error:
             raise DataError(f"calibration {calibration.name}: {KEY}: {error}; profile again") from error
 
 

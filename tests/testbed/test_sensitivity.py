@@ -96,6 +96,15 @@ def test_a_calibration_tells_what_its_profile_found() -> None:
     assert Sensitivity.of(known) == Sensitivity() and probe_s(known) is None, "no live profile"
     live = dataclasses.replace(known, provenance={"probe_s": 2e-4, KEY: {"plain": 0.8, "reads": 0.4}})
     assert Sensitivity.of(live) == Sensitivity(0.8, 0.4) and probe_s(live) == 2e-4
+    for wrong in (
+        {"plain": -0.1},
+        {"reads": "much"},
+        {"plain": float("nan")},
+        {"covariance": [[1.0]]},
+        {"x": 1},
+    ):
+        with pytest.raises(DataError, match=f"{KEY}: .*; profile again"):
+            Sensitivity.of(dataclasses.replace(known, provenance={KEY: wrong}))
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -2e-4, float("nan"), float("inf"), "2e-4", True, []])
