@@ -45,6 +45,7 @@ from testbed.contention import Contention, fit_contention
 from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
+from testbed.foreign_work import MOST_CORES, CpuUse
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
 from testbed.host_speed import slowness
@@ -98,8 +99,10 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
         job.seed,
         lambda text: say(f"{name}: {text}"),
     )
+    began = CpuUse.now()
     with PowerSampler() as power:
         run = asyncio.run(profiler.run(job.plan, expert.engine.max_num_seqs or 512))
+    _warn_of_others(name, expert.gpu, began)
     time.sleep(1.0)  # the recorder writes twice a second
     live.check_alive()
     log = read_step_log(server.spec.steps_path)
@@ -117,6 +120,13 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
     _figure(job, calibration, name, log, run, folder)
     say(f"{name}: {held_out_words(calibration.fit)}, {path}")
     return calibration
+
+
+def _warn_of_others(what: str, gpu: str, began: CpuUse) -> None:
+    """Say so when others worked on the machine while CPU experts were profiled."""
+    cores = CpuUse.now().foreign_cores(began)
+    if gpu == "cpu" and cores > MOST_CORES:
+        say(f"{what}: other work on this machine used {cores:.2f} cores; profile again when it is quiet")
 
 
 def check_precision(precision: str, served: str | None, key: str) -> None:
@@ -158,7 +168,10 @@ def _together(
     profiled = [servers[0].spec.name for servers in live.servers.values()]
     standings = check_all(live, fleet, shared, job.workload, job.seed, say, profiled)
     with GatewayProcess(settings, folder / "profile") as gateway:
+        began = CpuUse.now()
         runs = _common_load(job, config, shared, live, settings, gateway.url)
+        for name, expert in fleet.experts.items():
+            _warn_of_others(f"{name} under common load", expert.gpu, began)
     time.sleep(1.0)
     start, end = runs[0].load.start_s, runs[-1].load.end_s
     logs = {

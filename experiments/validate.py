@@ -14,6 +14,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ersim.config import SimulationConfig
+from ersim.config import FleetConfig, SimulationConfig
 from ersim.errors import ConfigError, DataError, bad_value
 from ersim.prepare import Preparations
 from ersim.results import COMPLETED, Window
@@ -49,9 +50,11 @@ from testbed.fleet_calibration import (
     with_calibrations,
 )
 from testbed.fleet_calibration import load as load_fleet
+from testbed.foreign_work import TRIES, undisturbed
 from testbed.gateway.process import GatewayProcess
+from testbed.gateway.settings import GatewaySettings
 from testbed.host_speed import SpeedTrace
-from testbed.live_run import check_answered, gateway_settings, level_config, run_level
+from testbed.live_run import LiveRun, check_answered, gateway_settings, level_config, run_level
 from testbed.measured import power_figures
 from testbed.measured_run import (
     KIND,
@@ -118,7 +121,8 @@ def validate(job: LiveConfig) -> dict[str, Any]:
     rows, summaries = _compare(job, base, shared, known, runs, power, folder)
     replays = _replays(folder)
     figures = _figures(job, folder, rows, replays, power, time.monotonic() - began_s)
-    figures["failed_requests"] = {users: item["failed_requests"] for users, item in summaries.items()}
+    for name in ("failed_requests", "foreign_cores"):
+        figures[name] = {users: item[name] for users, item in summaries.items()}
     write_atomically(folder / "validation.csv", lambda path: rows.to_csv(path, index=False))
     write_json(folder / "validation.json", {**figures, "summaries": summaries})
     _draw_and_log(job, folder, rows, figures)
@@ -140,6 +144,7 @@ def _measure(
     """
     set_aside(folder / "runs", "*/run.json")
     digests = calibration_digests(base.fleet, shared)
+    tries = TRIES if _on_cpu(base.fleet) else 1
     with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs"):
         settings = gateway_settings(base, shared, live, folder / "runs")
         started = [server.spec for server in live.all_servers]
@@ -151,9 +156,26 @@ def _measure(
                     say(f"live: {users} users for {job.seconds:g} s")
                     level = level_config(base, users, job.seconds)
                     tag = f"u{users}r{repeat}"
-                    run = run_level(level, shared, live, settings, gateway.url, job.seconds, tag, repeat)
+                    run_once = partial(_run_once, job, level, shared, live, settings, gateway.url, repeat)
+                    run, cores = undisturbed(run_once, tag, say, tries)
                     check_answered(run)
-                    write_run(run, level, folder / "runs" / tag, standings, digests, repeat)
+                    write_run(run, level, folder / "runs" / tag, standings, digests, repeat, cores)
+
+
+def _run_once(
+    job: LiveConfig,
+    level: SimulationConfig,
+    shared: Preparations,
+    live: LiveFleet,
+    settings: GatewaySettings,
+    url: str,
+    repeat: int,
+    attempt: int,
+) -> LiveRun:
+    """One load, once. Another attempt sends the same requests in other words: none may be cached."""
+    again = f"t{attempt}" if attempt else ""
+    tag = f"u{level.users}r{repeat}{again}"
+    return run_level(level, shared, live, settings, url, job.seconds, tag, repeat)
 
 
 @contextlib.contextmanager
@@ -254,11 +276,13 @@ def _compare(
         speeds = _speeds(job, base, shared, folder, users)
         told, plain = _predictions(job, level, shared, known, judged, speeds)
         speed = [{name: trace.median for name, trace in one.items()} for one in speeds]
+        records = [read_record(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
         rows += _rows(users, measured, told, plain, list(base.fleet.experts))
         summaries[str(users)] = {
             "measured": measured,
             "predicted": told,
             "host_slowness": speed,
+            "foreign_cores": [round(record.foreign_cores, 3) for record in records],
             "failed_requests": _failed(repeats),
         }
     return pd.DataFrame(rows), summaries
@@ -351,6 +375,10 @@ def _bars_met(
     return f"{sum(met)}/{len(met)}"
 
 
+def _on_cpu(fleet: FleetConfig) -> bool:
+    return all(expert.gpu == "cpu" for expert in fleet.experts.values())
+
+
 def _figures(
     job: LiveConfig,
     folder: Path,
@@ -361,8 +389,7 @@ def _figures(
 ) -> dict[str, Any]:
     """What the command prints: errors per load for the judged metrics, and how many bars are met."""
     assert job.fleet is not None
-    cpu = all(expert.gpu == "cpu" for expert in job.fleet.experts.values())
-    bars = BARS_CPU if cpu else BARS_GPU
+    bars = BARS_CPU if _on_cpu(job.fleet) else BARS_GPU
     errors = _errors(rows, "error", bars)
     plain = _errors(rows, "error_at_slowness_1", bars)
     inside = rows["inside"].dropna()

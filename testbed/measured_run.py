@@ -30,7 +30,10 @@ VERSION = 2
 """Of run.json. 1, which said neither, had step-time factors where `Standing.factor` now is a slowness."""
 FILE = "run.json"
 KIND = FileKind("the run.json of a measured run", FORMAT, VERSION, "measure it again")
-KEYS = ("start_s", "end_s", "users", "repeat", "standings", "unfinished", "engines", "calibrations", "config")
+KEYS = (
+    "start_s", "end_s", "users", "repeat", "standings", "unfinished", "engines", "calibrations", "config",
+    "foreign_cores",
+)  # fmt: skip
 
 
 def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
@@ -76,7 +79,7 @@ class RunRecord:
     start_s, end_s: monotonic seconds of the machine that measured it. repeat: see `write_run`. standings
     and versions (of vLLM): by server. calibrations: digest of each expert's (`Calibration.digest`), which
     the standings are relative to and the gateway's policy was made with. config: the simulation's, as
-    plain values.
+    plain values. foreign_cores: see `foreign_work`.
     """
 
     start_s: float
@@ -86,6 +89,7 @@ class RunRecord:
     versions: Mapping[str, str]
     calibrations: Mapping[str, str]
     config: Mapping[str, Any]
+    foreign_cores: float
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -105,6 +109,7 @@ def read_record(folder: Path) -> RunRecord:
         {name: str(meta.get("vllm_version")) for name, meta in metas.items()},
         file.texts("calibrations", data["calibrations"]),
         file.mapping("config", data["config"]),
+        file.number("foreign_cores", data["foreign_cores"], 0.0),
     )
 
 
@@ -217,12 +222,14 @@ def write_run(
     standings: Mapping[str, Standing],
     calibrations: Mapping[str, str],
     repeat: int = 0,
+    foreign_cores: float = 0.0,
 ) -> None:
     """Write requests.parquet, gaps.parquet, steps_<server>.parquet and run.json.
 
     standings: by server, the check before this repeat (see `standing`); none on a GPU. calibrations: by
     expert, the digest of the one that it is measured with.
-    repeat: which requests of the configuration it sent (see `predict.live_workload`).
+    repeat: which requests of the configuration it sent (see `predict.live_workload`). foreign_cores: that
+    others kept busy meanwhile.
     """
     _parquet(run.requests, folder / "requests.parquet")
     gaps = {key: np.asarray(value) for key, value in dataclasses.asdict(run.gaps).items()}
@@ -237,6 +244,7 @@ def write_run(
             "version": VERSION,
             "users": run.users,
             "repeat": repeat,
+            "foreign_cores": foreign_cores,
             "start_s": run.load.start_s,
             "end_s": run.load.end_s,
             "standings": {name: dataclasses.asdict(item) for name, item in standings.items()},

@@ -29,6 +29,7 @@ from ersim.types import StepTime
 from testbed.common_load import ROUND_STD
 from testbed.expert_server import ExpertServer
 from testbed.fleet import LiveFleet
+from testbed.foreign_work import TRIES, undisturbed
 from testbed.plan import ProfilePlan
 from testbed.profile_fit import profile_steps
 from testbed.profiling import Profiler, ProfileRun
@@ -102,18 +103,24 @@ def check_standing(
     vocab_size: int,
     workload: WorkloadConfig,
     seed: int,
+    say: Callable[[str], None] | None = None,
 ) -> Standing:
-    """Drive the `CHECK` plan through one server while nothing else runs.
+    """Drive the `CHECK` plan through one server while nothing else runs; again where others disturbed it.
 
-    alone: step time of its calibration. seed: of the prompts; another one each time, or they are cached.
+    alone: step time of its calibration. seed: of the prompts, and as many after it as there may be `TRIES`:
+    prompts seen before would be cached.
     """
-    profiler = Profiler(server.spec.url, server.spec.expert, vocab_size, workload, seed)
-    began_s = time.monotonic()
     plan = short_enough(CHECK, int(calibration.engine["max_model_len"]))
-    run = asyncio.run(profiler.run(plan, max(plan.decode_batches)))
-    time.sleep(FLUSH_S)
-    log = read_step_log(server.spec.steps_path).between(began_s, time.monotonic())
-    return standing(log, run, alone, probe_s(calibration), Sensitivity.of(calibration))
+
+    def check(attempt: int) -> Standing:
+        profiler = Profiler(server.spec.url, server.spec.expert, vocab_size, workload, seed + attempt)
+        began_s = time.monotonic()
+        run = asyncio.run(profiler.run(plan, max(plan.decode_batches)))
+        time.sleep(FLUSH_S)
+        log = read_step_log(server.spec.steps_path).between(began_s, time.monotonic())
+        return standing(log, run, alone, probe_s(calibration), Sensitivity.of(calibration))
+
+    return undisturbed(check, f"{server.spec.name} alone", say)[0]
 
 
 def short_enough(plan: ProfilePlan, max_model_len: int) -> ProfilePlan:
@@ -144,8 +151,8 @@ def check_all(
         for server in servers:
             if server.spec.live.device != "cpu" or server.spec.name in known:
                 continue
-            prompts = CHECK_SEED + 100 * seed + number
-            stands = check_standing(server, alone, model.calibration, vocab_size, workload, prompts)
+            prompts = CHECK_SEED + 100 * seed + TRIES * number
+            stands = check_standing(server, alone, model.calibration, vocab_size, workload, prompts, say)
             found[server.spec.name] = stands
             if say is not None:
                 known_to = f"{stands.factor:.3f} +- {stands.factor * stands.doubt:.3f}"

@@ -160,7 +160,7 @@ def test_a_stored_run_is_predicted_only_as_it_was_measured(tmp_path: Path) -> No
     path = tmp_path / "run.json"
     run = {
         "format": FORMAT, "version": VERSION, "users": 4, "repeat": 0, "start_s": 0.0, "end_s": 1.0,
-        "standings": {}, "unfinished": 0, "engines": {}, "calibrations": {},
+        "standings": {}, "unfinished": 0, "foreign_cores": 0.0, "engines": {}, "calibrations": {},
         "config": dataclasses.asdict(level),
     }  # fmt: skip
     path.write_text(json.dumps(run))

@@ -39,6 +39,7 @@ RUN: dict[str, Any] = {
     "unfinished": 0,
     "engines": {"a": {"vllm_version": "0.32.0"}},
     "calibrations": {"a": "d" * 64},
+    "foreign_cores": 0.02,
     "config": {},
 }
 
@@ -79,6 +80,7 @@ def test_runs_of_another_version_are_refused_by_every_reader(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"foreign_cores": -1.0}, "foreign_cores must be a number >= 0, got -1"),
         ({"standings": None}, "standings must be an object, got null"),
         ({"standings": []}, r"standings must be an object, got \[\]"),
         ({"standings": {"a": 5}}, r"standings\.a must be an object, got 5"),

@@ -35,7 +35,7 @@ from testbed.step_log import LoggedStep, StepLog
 META = {"async_scheduling": False}
 RUN = {
     "format": FORMAT, "version": VERSION, "users": 1, "repeat": 0, "start_s": 3.0, "end_s": 9.0,
-    "standings": {}, "unfinished": 0, "engines": {}, "calibrations": {}, "config": {},
+    "standings": {}, "unfinished": 0, "foreign_cores": 0.0, "engines": {}, "calibrations": {}, "config": {},
 }  # fmt: skip
 
 

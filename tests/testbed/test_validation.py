@@ -110,7 +110,7 @@ def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_lo
 def test_a_stored_run_names_the_vllm_it_was_measured_with(tmp_path: Path) -> None:
     run = {
         "format": RUN_FORMAT, "version": RUN_VERSION, "users": 1, "repeat": 0, "start_s": 0.0, "end_s": 1.0,
-        "standings": {}, "unfinished": 0, "calibrations": {}, "config": {},
+        "standings": {}, "unfinished": 0, "foreign_cores": 0.0, "calibrations": {}, "config": {},
         "engines": {"a": {"vllm_version": "0.31.0"}, "b": {"vllm_version": "0.32.0"}},
     }  # fmt: skip
     (tmp_path / "run.json").write_text(json.dumps(run))
@@ -132,7 +132,8 @@ def test_stored_runs_are_predicted_only_with_what_they_were_measured_with(tmp_pa
     folder.mkdir(parents=True)
     run = {
         "format": RUN_FORMAT, "version": RUN_VERSION, "users": 4, "repeat": 0, "start_s": 0.0, "end_s": 1.0,
-        "standings": {}, "unfinished": 0, "engines": {}, "calibrations": {"a": digest}, "config": {},
+        "standings": {}, "unfinished": 0, "foreign_cores": 0.0, "engines": {}, "config": {},
+        "calibrations": {"a": digest},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(run))
     fleet = FleetConfig("f", experts={"a": ExpertConfig()})
