@@ -19,12 +19,12 @@ import psutil
 Result = TypeVar("Result")
 MOST_CORES = 0.1  # of one core; on an idle machine 0.00 to 0.03 were seen
 TRIES = 3
-IDLE = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests are in user, steal never ran here
+IDLE = ("idle", "iowait", "guest", "guest_nice")  # guests are in user; what a hypervisor steals is others'
 
 
 @dataclass(frozen=True)
 class CpuUse:
-    """CPU seconds used since some moment: by all processes, and by this one and its descendants."""
+    """CPU seconds since some moment. all_s: everybody's, stolen ones too; own_s: ours and our descendants'."""
 
     at_s: float
     all_s: float
