@@ -95,9 +95,11 @@ def to_live(config: DictConfig) -> LiveConfig:
     for name, expert in job.fleet.experts.items():
         validate_expert(expert, f"fleet.experts.{name}")
     validate_workload(job.workload)
-    for value in job.users:
-        if value < 1:
-            raise bad_value("users", "all >= 1", value)
+    if not job.users or min(job.users) < 1 or len(set(job.users)) < len(job.users):
+        raise bad_value("users", "one or more loads >= 1, each given once", list(job.users))
+    for name in ("repeats", "replications"):
+        if getattr(job, name) < 1:
+            raise bad_value(name, ">= 1", getattr(job, name))
     if not 0 <= job.warmup_s < job.seconds:
         raise bad_value("warmup_s", f"in [0, seconds={job.seconds:g})", job.warmup_s)
     return job

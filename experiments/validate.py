@@ -212,14 +212,17 @@ def recorded_config(path: Path) -> SimulationConfig:
 
 
 def check_recorded(path: Path, level: SimulationConfig) -> None:
-    """Raise ConfigError when a stored run had another seed, workload or router than asked for."""
+    """Raise ConfigError when a stored run had another seed, workload, router or fleet than asked for.
+
+    Where calibrations lie and which ports servers have may differ; calibrations are told by their digests.
+    """
     stored = recorded_config(path)
-    for name in ("seed", "users", "workload", "router"):
+    for name in ("seed", "users", "workload", "router", "fleet"):
         was = _flat(name, getattr(stored, name))
         now = _flat(name, getattr(level, name))
-        for key in now:
-            if was.get(key) != now[key]:
-                raise bad_value(key, f"as in the measured run ({was.get(key)!r}, {path})", now[key])
+        for key in sorted({*was, *now}):
+            if not key.endswith((".calibration", ".live.port")) and was.get(key) != now.get(key):
+                raise bad_value(key, f"as in the measured run ({was.get(key)!r}, {path})", now.get(key))
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:

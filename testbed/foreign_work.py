@@ -1,9 +1,8 @@
 """Work of others on this machine, and measurements made again because of it.
 
-A live run on CPUs measures the servers only while the cores are theirs: in one `make live` something else
-took the engines' threads off their cores for a quarter of the time, for two minutes, and every figure of
-those minutes was a fifth too long. What all processes together used, less what our own used, says so
-without a look at any latency, so that what is thrown away is not chosen by its result.
+A live run on CPUs measures the servers only while the cores are theirs. What all processes together used,
+less what our own used, tells when they were not, without a look at any latency: what is thrown away is
+not chosen by its result.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import TypeVar
 import psutil
 
 Result = TypeVar("Result")
-MOST_CORES = 0.1  # of one core; on an idle machine 0.00 to 0.03 were seen
-TRIES = 3
-IDLE = ("idle", "iowait", "guest", "guest_nice")  # guests are in user; what a hypervisor steals is others'
+MOST_CORES = 0.1
+TRIES = 2
+IDLE = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests are in user; stolen: see `stolen_time`
 
 
 @dataclass(frozen=True)
 class CpuUse:
-    """CPU seconds since some moment. all_s: everybody's, stolen ones too; own_s: ours and our descendants'."""
+    """CPU seconds since some moment: of all processes, and of this one and its descendants."""
 
     at_s: float
     all_s: float

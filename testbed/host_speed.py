@@ -6,10 +6,9 @@ recorder therefore times a fixed piece of work between steps (`recording_schedul
 Slowness is that time over the time it took while profiling; what a step makes of it is its
 `sensitivity`. Calibrations hold step times at slowness 1, and a live run is simulated at the slowness
 of its own moments: the probe knows nothing of the requests, so that what is predicted stays a
-prediction. (It runs in the caches that the step before it left: after prefill it took a tenth longer than
-after decode steps of the same second. To leave those probes out, in profile and runs, moved no prediction of
-five measurements by more than a few tenths of a percent in the mean, so all count.) GPUs need no probe:
-slowness is 1 there.
+prediction. (It runs in the caches that the step before it left, and takes longer after prefill than after
+decode steps of the same second; predictions were not better without those probes, so all count.) GPUs need
+no probe: slowness is 1 there.
 """
 
 from __future__ import annotations

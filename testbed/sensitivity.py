@@ -59,6 +59,16 @@ class Sensitivity:
         each: FloatArray = np.maximum(LEAST_EXPONENT, self.plain + self.reads * np.minimum(1.0, share))
         return each
 
+    def is_sound(self) -> bool:
+        """Whether exponents are numbers >= 0, and the covariance one or none."""
+        covariance = np.array(self.covariance)
+        figures = np.array([self.plain, self.reads, *covariance.ravel()])
+        if figures.dtype.kind not in "if" or not np.isfinite(figures).all():
+            return False
+        if covariance.shape not in ((0,), (2, 2)) or min(self.plain, self.reads) < 0.0:
+            return False
+        return not covariance.size or bool(np.linalg.eigvalsh(covariance).min() >= -1e-9)
+
     def drawn(self, rng: np.random.Generator) -> Sensitivity:
         """Exponents as they may be just as well; not below 0."""
         if not len(self.covariance):
@@ -81,9 +91,7 @@ class Sensitivity:
         stored: Mapping[str, Any] = calibration.provenance.get(KEY) or {}
         try:
             found = cls(**stored)
-            figures = np.array([found.plain, found.reads], dtype=np.float64)
-            shape = np.array(found.covariance, dtype=np.float64).shape
-            if not (np.isfinite(figures).all() and (figures >= 0.0).all() and shape in ((0,), (2, 2))):
+            if not found.is_sound():
                 raise ValueError(f"exponents must be >= 0, with a covariance of 2 x 2 or none, got {stored}")
             return found
         except (TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?::|$)")
 
 REMEDIES: tuple[tuple[str, str], ...] = (
     (
-        r"(?i)_C::\w*fp8|find a kernel .*fp8",
+        r"(?i)_C::\w*fp8|find a kernel .*\bCPUFp8",
         "vLLM has no fp8 kernel for this machine (its CPU build needs AMX and live.quantization=fp8-block): "
         "take {key}.precision=int8, int4 or bf16, or a GPU that has fp8",
     ),

@@ -85,7 +85,7 @@ def recorded_ways(
 
 
 def _under_way(load: LoadResult) -> list[int]:
-    """By record of a load; who failed is taken to have ended at once."""
+    """By record of a load; who failed was under way until then (`Client.send` notes when)."""
     known = [*load.records, *load.under_way]
     sent_s = np.array([record.send_s for record in known])
     ended_s = [record.send_s if record.last_s is None else record.last_s for record in load.records]

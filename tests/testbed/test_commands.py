@@ -140,7 +140,11 @@ def test_fleet_calibrations_round_trip_and_damage_is_named(tmp_path: Path) -> No
         (("experiments.profile",), "fleet must be chosen"),
         (("experiments.profile", "fleet=nobody"), "nobody"),
         (("experiments.profile", "expert=tiny_bf16", "plan.prefill_tokens=[99999]"), "plan.prefill_tokens"),
-        (("experiments.validate", "users=0"), "users must be all >= 1"),
+        (("experiments.validate", "users=0"), "users must be one or more loads >= 1"),
+        (("experiments.validate", "users=4,4"), "each given once, got [4, 4]"),
+        (("experiments.validate", "users=[]"), "users must be one or more loads >= 1"),
+        (("experiments.validate", "repeats=0"), "repeats must be >= 1, got 0"),
+        (("experiments.validate", "replications=0"), "replications must be >= 1, got 0"),
         (("experiments.validate", "warmup_s=90"), "warmup_s must be in"),
         (("experiments.validate", "folder=nowhere"), "ersim-profile"),
         (
@@ -170,6 +174,9 @@ def test_a_stored_run_is_predicted_only_as_it_was_measured(tmp_path: Path) -> No
     busier = dataclasses.replace(level, workload=dataclasses.replace(level.workload, think_s=9.0))
     with pytest.raises(ConfigError, match=r"workload\.think_s must be as in the measured run"):
         check_recorded(path, busier)
+    crowded = dataclasses.replace(level.fleet, experts={"a": ExpertConfig(replicas=2)})
+    with pytest.raises(ConfigError, match=r"fleet\.\S+ must be as in the measured run"):
+        check_recorded(path, dataclasses.replace(level, fleet=crowded))
     for changes, message in (
         ({"version": 1}, "not the run.json of a measured run"),
         ({"config": {"userz": 4}}, "config cannot be used"),

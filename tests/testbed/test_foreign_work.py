@@ -43,9 +43,6 @@ def test_a_disturbed_measurement_is_made_again_at_most_so_often(monkeypatch: pyt
     attempt, used, said = outcome(0.5, 0.0)
     assert (attempt, used) == (1, 0.0)
     assert said == ["u1r0: other work on this machine used 0.50 cores; measured again"]
-    attempt, used, said = outcome(0.5, 0.4, 0.3)
-    assert (attempt, used) == (2, pytest.approx(0.3))
-    assert (
-        said[-1]
-        == "u1r0: other work on this machine used 0.30 cores; kept, but better measured on a quiet machine"
-    )
+    attempt, used, said = outcome(0.5, 0.3)
+    assert (attempt, used) == (1, pytest.approx(0.3))
+    assert said[-1].startswith("u1r0: other work on this machine used 0.30 cores; kept")

@@ -100,6 +100,9 @@ def test_a_calibration_tells_what_its_profile_found() -> None:
         {"plain": -0.1},
         {"reads": "much"},
         {"plain": float("nan")},
+        {"plain": "0.9"},
+        {"covariance": [[1.0, 2.0], [2.0, 1.0]]},
+        {"covariance": [[float("nan"), 0.0], [0.0, 1.0]]},
         {"covariance": [[1.0]]},
         {"x": 1},
     ):
