@@ -123,14 +123,19 @@ def measured_summary(
 
 
 def power_figures(logs: Sequence[PowerLog], output_tokens: int) -> dict[str, Any]:
-    """Power and energy of one or more stretches in which so many tokens were answered."""
+    """Power and energy of one or more stretches in which so many tokens were answered.
+
+    mean_w and peak_memory_bytes: of all sampled GPUs together. joules: see `PowerLog.joules`, of all
+    stretches. why: what there are no samples of, None when nothing is missing.
+    """
     sampled = [log for log in logs if log.rows]
     if not sampled:
         return {"measured": False, "why": logs[0].absent if logs else "not asked for"}
     frames = [log.frame().groupby("gpu") for log in sampled]
-    joules = sum(float((g["energy_j"].last() - g["energy_j"].first()).sum()) for g in frames)
+    joules = sum(log.joules() for log in sampled)
     return {
         "measured": True,
+        "why": next((log.absent for log in logs if log.absent), None),
         "mean_w": float(np.mean([g["power_w"].mean().sum() for g in frames])),
         "joules": joules,
         "joules_per_output_token": joules / output_tokens if output_tokens else None,

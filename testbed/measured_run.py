@@ -194,21 +194,22 @@ def _steps(path: Path) -> pd.DataFrame:
 
 
 def write_power(power: PowerLog, folder: Path) -> None:
-    """Write power.parquet, or power.json with the reason why there are no samples."""
+    """Write power.parquet, the samples, and power.json with the reason why there are none or some miss."""
     if power.rows:
         _parquet(power.frame(), folder / "power.parquet")
-    else:
+    if power.absent or not power.rows:
         write_json(folder / "power.json", {"absent": power.absent})
 
 
 def read_power(folder: Path) -> PowerLog:
     """What `write_power` wrote; an empty log when nothing was written."""
+    rows: list[Any] = []
     if (folder / "power.parquet").is_file():
-        rows = pd.read_parquet(folder / "power.parquet").itertuples(index=False, name=None)
-        return PowerLog(list(rows))
+        rows = list(pd.read_parquet(folder / "power.parquet").itertuples(index=False, name=None))
     if (folder / "power.json").is_file():
-        return PowerLog(absent=json.loads((folder / "power.json").read_text(encoding="utf-8"))["absent"])
-    return PowerLog(absent="not measured")
+        absent = json.loads((folder / "power.json").read_text(encoding="utf-8"))["absent"]
+        return PowerLog(rows, absent)
+    return PowerLog(rows, None if rows else "not measured")
 
 
 def _parquet(frame: pd.DataFrame, path: Path) -> None:

@@ -1,10 +1,13 @@
-"""GPU power, utilisation and memory by NVML, sampled beside a run; absent without a GPU, and said so."""
+"""GPU power, utilisation, memory and energy by NVML, sampled beside a run; absent without a GPU, and said so.
+
+Power is what `nvmlDeviceGetPowerUsage` says: on recent GPUs the mean of the last second (NVML's reference).
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -15,34 +18,57 @@ import pandas as pd
 from testbed.step_log import StepLog
 
 COLUMNS = ("time_s", "gpu", "power_w", "utilisation", "memory_bytes", "energy_j")
+NAN = float("nan")
 
 
 @dataclass
 class PowerLog:
-    """Samples of all GPUs; `absent` says why there are none."""
+    """Samples of one or more GPUs; `absent` says why there are none, or which GPU some are missing of."""
 
     rows: list[tuple[float, int, float, float, int, float]] = field(default_factory=list)
     absent: str | None = None
 
     def frame(self) -> pd.DataFrame:
-        """One row per sample and GPU; time is monotonic seconds."""
+        """One row per sample and GPU; time is monotonic seconds, utilisation a share.
+
+        energy_j is the GPU's own counter. It and utilisation are NaN where the GPU does not tell them.
+        """
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
+
+    def joules(self) -> float:
+        """Energy of all sampled GPUs, each from its first to its last sample.
+
+        By the GPU's energy counter; by power integrated over the samples' times where it has none.
+        """
+        return sum((_joules(rows) for _, rows in self.frame().groupby("gpu")), 0.0)
 
     def between(self, start_s: float, end_s: float) -> PowerLog:
         """The samples of an interval of monotonic seconds."""
         return PowerLog([row for row in self.rows if start_s <= row[0] <= end_s], self.absent)
 
 
-class PowerSampler:
-    """Context manager that samples in a thread; without NVML or GPU it only notes the reason."""
+def _joules(rows: pd.DataFrame) -> float:
+    """Energy of one GPU over its samples."""
+    counter_j = rows["energy_j"].to_numpy()
+    if np.isnan(counter_j).any():
+        return float(np.trapezoid(rows["power_w"].to_numpy(), rows["time_s"].to_numpy()))
+    return float(counter_j[-1] - counter_j[0])
 
-    def __init__(self, period_s: float = 0.1) -> None:
+
+class PowerSampler:
+    """Context manager that samples in a thread; without NVML or GPU it only notes the reason.
+
+    gpus: indices of the GPUs to sample, in NVML's order (by bus); all GPUs of the host when there are none.
+    """
+
+    def __init__(self, period_s: float = 0.1, gpus: Sequence[int] = ()) -> None:
         self.log = PowerLog()
         self._period_s = period_s
+        self._gpus = tuple(gpus)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._nvml: Any = None
-        self._handles: Sequence[Any] = ()
+        self._handles: Mapping[int, Any] = {}
 
     def __enter__(self) -> PowerSampler:
         try:
@@ -52,35 +78,42 @@ class PowerSampler:
             return self
         try:
             pynvml.nvmlInit()
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            indices = self._gpus or range(pynvml.nvmlDeviceGetCount())
+            self._handles = {index: pynvml.nvmlDeviceGetHandleByIndex(index) for index in indices}
         except pynvml.NVMLError as error:
             self.log.absent = f"no NVIDIA GPU ({error})"
             return self
         self._nvml = pynvml
+        if not self._handles:
+            self.log.absent = "no NVIDIA GPU (NVML counts none)"
+            return self
         self._thread = threading.Thread(target=self._loop, daemon=True, name="ersim-power")
         self._thread.start()
         return self
 
     def _loop(self) -> None:
         while not self._stop.wait(self._period_s):
-            for index, handle in enumerate(self._handles):
+            for index, handle in self._handles.items():
                 self._sample(index, handle)
 
     def _sample(self, index: int, handle: Any) -> None:
         nvml = self._nvml
         try:
-            self.log.rows.append(
-                (
-                    time.monotonic(),
-                    index,
-                    nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-                    nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-                    nvml.nvmlDeviceGetMemoryInfo(handle).used,
-                    nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,
-                )
-            )
+            power_w = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+            memory_bytes = nvml.nvmlDeviceGetMemoryInfo(handle).used
         except nvml.NVMLError as error:
-            self.log.absent = f"NVML stopped answering ({error})"
+            self.log.absent = f"GPU {index} stopped answering ({error})"
+            return
+        utilisation = self._told(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+        energy_j = self._told(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
+        self.log.rows.append((time.monotonic(), index, power_w, utilisation, memory_bytes, energy_j))
+
+    def _told(self, ask: Callable[[], float]) -> float:
+        """The answer of a counter that not every GPU has; NaN without one."""
+        try:
+            return ask()
+        except self._nvml.NVMLError:
+            return NAN
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -93,18 +126,21 @@ class PowerSampler:
 
 
 def power_model(power: PowerLog | None, log: StepLog) -> dict[str, float]:
-    """Mean power of all GPUs together while steps ran and while none did; {} without samples."""
+    """Mean power of the sampled GPUs together while steps ran and while none did; {} without samples of both.
+
+    The sum of the GPUs' own means, so that one that stopped answering half-way counts with what it told.
+    """
     if power is None or not power.rows or not log.steps:
         return {}
-    frame = power.frame()
-    total = frame.groupby(frame.index // max(1, frame["gpu"].nunique())).agg(
-        time_s=("time_s", "mean"), power_w=("power_w", "sum")
-    )
-    ends = log.ends_s()
-    starts = ends - log.periods_s()
-    index = np.searchsorted(starts, total["time_s"].to_numpy(), side="right") - 1
-    busy = (index >= 0) & (total["time_s"].to_numpy() <= ends[np.maximum(index, 0)])
-    if not busy.any() or busy.all():
-        return {}
-    watts = total["power_w"].to_numpy()
-    return {"idle_w": float(watts[~busy].mean()), "busy_w": float(watts[busy].mean())}
+    ends_s = log.ends_s()
+    starts_s = ends_s - log.periods_s()
+    idle_w = busy_w = 0.0
+    for _, rows in power.frame().groupby("gpu"):
+        times_s, watts = rows["time_s"].to_numpy(), rows["power_w"].to_numpy()
+        index = np.searchsorted(starts_s, times_s, side="right") - 1
+        busy = (index >= 0) & (times_s <= ends_s[np.maximum(index, 0)])
+        if not busy.any() or busy.all():
+            return {}
+        idle_w += float(watts[~busy].mean())
+        busy_w += float(watts[busy].mean())
+    return {"idle_w": idle_w, "busy_w": busy_w}

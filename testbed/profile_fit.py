@@ -30,8 +30,9 @@ FloatArray = npt.NDArray[np.float64]
 class Profiled:
     """One expert's server and what was recorded while it was driven through a plan.
 
-    name: of the calibration to make. device: cpu or cuda. seed: of the fit's resampling. power: None where
-    none was sampled.
+    name: of the calibration to make. device: cpu or gpu. seed: of the fit's resampling. power: of the
+    server's GPUs where `live.gpus` says which those are, else of all GPUs of the host; None where none was
+    sampled.
     """
 
     expert: ExpertConfig
@@ -171,7 +172,7 @@ def _calibration(
         },
         seed=profiled.seed,
         frontend=frontend_delays_s(run.records, log),
-        power=power_model(profiled.power, log),
+        power={} if on_cpu else power_model(profiled.power, log),
     )
 
 

@@ -1,0 +1,248 @@
+"""Power sampling against a stand-in for NVML: units, errors, GPUs that fail or tell less; figures of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pynvml
+import pytest
+
+from ersim.config import ExpertConfig
+from testbed.measured import power_figures
+from testbed.measured_run import read_power, write_power
+from testbed.power import COLUMNS, PowerLog, PowerSampler, power_model
+from testbed.profile_fit import Profiled, fit
+from testbed.profiling import PhaseTimes, ProfileRun
+from testbed.step_log import LoggedStep, StepLog
+
+NAN = float("nan")
+MEMORY_BYTES = 3 * 2**30
+META = {
+    "async_scheduling": False, "vllm_version": "0.32.0", "num_blocks": 1000, "max_num_seqs": 128,
+    "max_num_batched_tokens": 2048, "max_model_len": 4096, "block_size": 16, "policy": "fcfs",
+    "enable_chunked_prefill": True, "enable_prefix_caching": True, "long_prefill_token_threshold": 0,
+    "watermark": 0.0, "scheduler_reserve_full_isl": True,
+}  # fmt: skip
+
+
+@dataclass
+class Gpu:
+    """A GPU that draws a steady power; lost after so many answers, and without what `lacks` names."""
+
+    power_mw: int = 250_000
+    answers: float = np.inf
+    lacks: Sequence[str] = ()
+    asked: int = 0
+
+
+class FakeNvml(types.ModuleType):
+    """The part of `pynvml` that is used: errors and structures are the real ones."""
+
+    NVMLError = pynvml.NVMLError
+
+    def __init__(self, *gpus: Gpu, driver: bool = True) -> None:
+        super().__init__("pynvml")
+        self.gpus, self.driver, self.shut = gpus, driver, False
+
+    def nvmlInit(self) -> None:
+        if not self.driver:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    def nvmlShutdown(self) -> None:
+        self.shut = True
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Gpu:
+        return self.gpus[index]
+
+    def nvmlDeviceGetPowerUsage(self, handle: Gpu) -> int:
+        handle.asked += 1
+        if handle.asked > handle.answers:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return handle.power_mw
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Gpu) -> Any:
+        return pynvml.c_nvmlMemory_t(total=2**37, free=2**37 - MEMORY_BYTES, used=MEMORY_BYTES)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: Gpu) -> Any:
+        self._told(handle, "utilisation")
+        return pynvml.c_nvmlUtilization_t(gpu=75, memory=40)
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Gpu) -> int:
+        self._told(handle, "energy")
+        return 5_000_000 + 2_000 * handle.asked
+
+    def _told(self, handle: Gpu, what: str) -> None:
+        if what in handle.lacks:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+def sampled(
+    monkeypatch: pytest.MonkeyPatch, *gpus: Gpu, only: Sequence[int] = (), rounds: int = 6
+) -> PowerLog:
+    """What a sampler notes of these GPUs in at least so many rounds."""
+    nvml = FakeNvml(*gpus)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    asked = [gpus[index] for index in only] or gpus
+    deadline = time.monotonic() + 20
+    with PowerSampler(0.001, only) as power:
+        while min(gpu.asked for gpu in asked) < rounds:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    assert nvml.shut
+    return power.log
+
+
+def step(number: int, start_s: float, end_s: float, rows: int = 1) -> LoggedStep:
+    context = rows * (32 + number % 20)
+    return LoggedStep(
+        number, start_s, start_s + 1e-4, end_s - 1e-4, end_s, rows, 0, 1, rows, context, 32 + number % 20,
+        (), (), (), rows, 1e-5,
+    )  # fmt: skip
+
+
+def row(
+    time_s: float, gpu: int, power_w: float, energy_j: float = NAN, memory_bytes: int = 0
+) -> tuple[Any, ...]:
+    return time_s, gpu, power_w, 0.5, memory_bytes, energy_j
+
+
+def test_the_stand_in_has_the_names_of_nvml() -> None:
+    names = [name for name in vars(FakeNvml) if name.startswith("nvml")]
+    assert len(names) == 8 and all(callable(getattr(pynvml, name)) for name in names)
+
+
+def test_samples_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML counts milliwatts, percent, bytes and millijoules."""
+    began_s = time.monotonic()
+    log = sampled(monkeypatch, Gpu(), Gpu(power_mw=100_500))
+    frame = log.frame()
+    assert log.absent is None and tuple(frame) == COLUMNS
+    assert frame["time_s"].between(began_s, time.monotonic()).all()
+    assert frame["time_s"].is_monotonic_increasing
+    assert frame["gpu"].tolist()[:4] == [0, 1, 0, 1]
+    assert frame.groupby("gpu")["power_w"].unique().map(list).to_dict() == {0: [250.0], 1: [100.5]}
+    assert set(frame["utilisation"]) == {0.75} and set(frame["memory_bytes"]) == {MEMORY_BYTES}
+    first = frame[frame["gpu"] == 0]["energy_j"].to_numpy()
+    assert first[0] == 5002.0 and np.diff(first).tolist() == [2.0] * (len(first) - 1)
+
+
+def test_a_gpu_that_stops_answering_keeps_its_samples_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = sampled(monkeypatch, Gpu(), Gpu(answers=3))
+    count = log.frame()["gpu"].value_counts()
+    assert count[1] == 3 and count[0] >= 6
+    assert log.absent == "GPU 1 stopped answering (GPU is lost)"
+    write_power(log, tmp_path)
+    kept = read_power(tmp_path)
+    assert kept.absent == log.absent and kept.rows == log.rows
+    figures = power_figures([kept], 10)
+    assert figures["measured"] and figures["why"] == log.absent and figures["mean_w"] == 500.0
+
+
+def test_a_gpu_without_an_energy_counter_is_integrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = sampled(monkeypatch, Gpu(lacks=["energy", "utilisation"]))
+    frame = log.frame()
+    assert log.absent is None and len(frame) >= 6
+    assert frame["energy_j"].isna().all() and frame["utilisation"].isna().all()
+    assert set(frame["power_w"]) == {250.0}
+    seconds = frame["time_s"].iloc[-1] - frame["time_s"].iloc[0]
+    assert log.joules() == pytest.approx(250.0 * seconds)
+
+
+def test_only_the_gpus_asked_for_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpu(), Gpu(power_mw=90_000), Gpu(answers=0)
+    log = sampled(monkeypatch, *gpus, only=[1])
+    assert log.absent is None and set(log.frame()["gpu"]) == {1} and set(log.frame()["power_w"]) == {90.0}
+    assert gpus[0].asked == gpus[2].asked == 0
+
+
+def test_why_nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, why in (
+        (None, "nvidia-ml-py is not installed"),
+        (FakeNvml(driver=False), "no NVIDIA GPU (NVML Shared Library Not Found)"),
+        (FakeNvml(), "no NVIDIA GPU (NVML counts none)"),
+    ):
+        monkeypatch.setitem(sys.modules, "pynvml", module)
+        with PowerSampler(0.001) as power:
+            pass
+        assert power.log.absent == why and not power.log.rows
+        assert power_figures([power.log], 5) == {"measured": False, "why": why}
+    assert power_figures([], 5) == {"measured": False, "why": "not asked for"}
+
+
+def test_an_interval_and_what_is_read_back(tmp_path: Path) -> None:
+    rows = [row(float(t), t % 2, 100.0 + t, NAN if t % 2 else 10.0 * t) for t in range(8)]
+    log = PowerLog(rows, "GPU 1 ...")
+    part = log.between(2.0, 5.0)
+    assert [item[0] for item in part.rows] == [2.0, 3.0, 4.0, 5.0] and part.absent == "GPU 1 ..."
+    assert read_power(tmp_path).absent == "not measured"
+    write_power(log, tmp_path)
+    pd.testing.assert_frame_equal(read_power(tmp_path).frame(), log.frame())
+    assert read_power(tmp_path).absent == "GPU 1 ..."
+    (tmp_path / "whole").mkdir()
+    write_power(PowerLog(log.rows), tmp_path / "whole")
+    assert read_power(tmp_path / "whole").absent is None
+    (tmp_path / "none").mkdir()
+    write_power(PowerLog(absent="no NVIDIA GPU"), tmp_path / "none")
+    assert read_power(tmp_path / "none") == PowerLog(absent="no NVIDIA GPU")
+
+
+def test_figures_are_of_all_gpus_and_all_stretches() -> None:
+    """By the counter 30 J and 8 J; by the integral (100 + 200) / 2 + 2 * 200 = 550 J."""
+    first = PowerLog([
+        row(0.0, 0, 300.0, 10.0, 5), row(0.0, 1, 100.0, NAN, 7), row(1.0, 0, 320.0, 25.0, 6),
+        row(1.0, 1, 200.0, NAN, 7), row(3.0, 0, 310.0, 40.0, 5), row(3.0, 1, 200.0, NAN, 8),
+    ])  # fmt: skip
+    second = PowerLog([row(8.0, 0, 100.0, 50.0, 20), row(9.0, 0, 200.0, 58.0, 4)])
+    assert first.joules() == pytest.approx(580.0)
+    figures = power_figures([first, PowerLog(), second], 147)
+    assert figures == {
+        "measured": True,
+        "why": None,
+        "mean_w": pytest.approx((310.0 + 500.0 / 3 + 150.0) / 2),
+        "joules": pytest.approx(588.0),
+        "joules_per_output_token": pytest.approx(4.0),
+        "peak_memory_bytes": 20,
+    }
+    assert power_figures([first], 0)["joules_per_output_token"] is None
+
+
+def test_idle_and_busy_power_are_told_apart_by_the_steps() -> None:
+    """Steps from 0 to 0.2 and from 1 to 1.1 seconds; the second GPU is lost after two samples."""
+    log = StepLog(META, [step(0, 0.0, 0.1), step(1, 0.1, 0.2), step(5, 1.0, 1.1)], {})
+    rows = [
+        row(-0.5, 0, 90.0), row(0.05, 0, 300.0), row(0.05, 1, 200.0), row(0.15, 0, 310.0), row(0.5, 0, 100.0),
+        row(0.5, 1, 50.0), row(1.05, 0, 320.0), row(1.5, 0, 110.0),
+    ]  # fmt: skip
+    found = power_model(PowerLog(rows), log)
+    assert found == {"idle_w": pytest.approx(100.0 + 50.0), "busy_w": pytest.approx(310.0 + 200.0)}
+    assert power_model(None, log) == power_model(PowerLog(absent="no NVIDIA GPU"), log) == {}
+    assert power_model(PowerLog(rows), StepLog(META, [], {})) == {}
+    assert power_model(PowerLog([rows[1]]), log) == {}, "nothing is known of an idle GPU"
+
+
+@pytest.mark.parametrize(("device", "power"), [("gpu", {"idle_w": 60.0, "busy_w": 400.0}), ("cpu", {})])
+def test_a_calibration_has_the_power_of_the_gpus_it_ran_on(device: str, power: dict[str, float]) -> None:
+    """Steps of 21 to 84 ms, each after an idle engine, ten a second."""
+    steps = []
+    for index in range(1200):
+        rows, start_s = (1, 4, 16, 64)[index // 20 % 4], 0.1 * index
+        steps.append(step(2 * index, start_s, start_s + 0.02 + 0.001 * rows, rows))
+    log = StepLog(META, steps, {})
+    samples = [row(0.1 * t + at, 0, watts) for t in range(5) for at, watts in ((0.01, 400.0), (0.095, 60.0))]
+    expert = ExpertConfig(model="llama-36m", precision="bf16", gpu="h200-141gb")
+    run = ProfileRun([PhaseTimes("decode", -1.0, 200.0, 1, 0)])
+    found = fit(Profiled(expert, "tiny", log, run, device, 0, PowerLog(samples)))
+    assert found.power == power
