@@ -100,7 +100,7 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
         lambda text: say(f"{name}: {text}"),
     )
     began = CpuUse.now()
-    with PowerSampler() as power:
+    with PowerSampler(gpus=server.spec.gpus) as power:
         run = asyncio.run(profiler.run(job.plan, expert.engine.max_num_seqs or 512))
     _warn_of_others(name, expert.gpu, began)
     time.sleep(1.0)  # the recorder writes twice a second

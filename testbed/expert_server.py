@@ -214,6 +214,7 @@ def server_environment(spec: ServerSpec, base: Mapping[str, str]) -> dict[str, s
         }
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_space_gib
     elif spec.gpus:
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML counts, which samples their power
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.gpus))
     return environment | {key: str(value) for key, value in spec.live.env.items()}
 

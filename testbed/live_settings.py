@@ -27,7 +27,8 @@ class LiveSettings:
     token; weightless only), none (token ids only), model (what the model's folder holds).
     port: of the first replica, the next ones follow; 0 takes free ports. device: cpu or gpu.
     cores: CPU cores of each replica: it computes with as many threads; vLLM binds them where there are
-    several tensor-parallel ranks, which share the cores evenly. gpus: GPU indices of each replica.
+    several tensor-parallel ranks, which share the cores evenly. gpus: GPU indices of each replica, as
+    nvidia-smi counts them.
     api_servers: front-end processes of each replica, for GPUs that answer faster than one can write.
     kv_space_gib: KV cache of each rank on CPU. args and env go to the server as they are.
     """

@@ -51,7 +51,7 @@ class Calibration:
     kv_blocks: its true block count, None when unknown. derived: how it was made when its own
     precision or GPU was not measured, else None. fit: rows, errors and how they were held out.
     frontend: seconds that the API server adds outside steps ({} when unknown).
-    power: {idle_w, busy_w} of all GPUs together ({} when unknown).
+    power: {idle_w, busy_w} of all GPUs of one replica together ({} when unknown).
     """
 
     name: str

@@ -304,6 +304,9 @@ def test_commands_and_environment_follow_the_config(tmp_path: Path) -> None:
     environment = server_environment(one, {"PATH": os.environ["PATH"]})
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0" and environment["X"] == "1"
     assert environment["HF_HUB_OFFLINE"] == "1"
+    on_gpus = dataclasses.replace(one, live=read_live({"device": "gpu"}, "bf16", "e"), gpus=[2, 3])
+    environment = server_environment(on_gpus, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3" and environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_each_rank_has_its_share_of_the_cores(tmp_path: Path) -> None:
