@@ -8,13 +8,11 @@ command that runs, and that one's servers.
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
-from testbed.supervisor import parent_death_signal
+from experiments.long_command import run_to_its_end
 
 VALIDATE_ONLY = ("users", "seconds", "warmup_s", "repeats", "replications")
 PROFILE_ONLY = ("live_plan", "plan", "install")
@@ -32,20 +30,6 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return first, second
 
 
-def run_to_its_end(command: Sequence[str]) -> int:
-    """Run a command that takes its time to stop when it is interrupted; returns its status.
-
-    It has a session of its own, so that Ctrl-C reaches it once, through here, and it may stop its servers and
-    record the failure. A second Ctrl-C does not wait for that.
-    """
-    child = subprocess.Popen(command, start_new_session=True, preexec_fn=parent_death_signal())
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)
-        return child.wait()
-
-
 def main() -> int:
     """Run both commands; the last line printed is the validation's JSON. Returns the first bad status."""
     arguments = sys.argv[1:]
@@ -54,7 +38,7 @@ def main() -> int:
     began_s = time.monotonic()
     profile, validate = split_arguments(arguments)
     for module, chosen in (("experiments.profile", profile), ("experiments.validate", validate)):
-        status = run_to_its_end([sys.executable, "-m", module, *chosen])
+        status, _ = run_to_its_end([sys.executable, "-m", module, *chosen])
         if status:
             return status
     print(f"both together took {time.monotonic() - began_s:.0f} s", file=sys.stderr)

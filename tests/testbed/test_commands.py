@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -15,10 +14,11 @@ import yaml
 
 from ersim.config import ExpertConfig, FleetConfig, GatewayConfig, SimulationConfig
 from ersim.errors import ConfigError, DataError
-from experiments.gpu_session import OUT_OF_TIME, commands, finished, measure
+from experiments.gpu_session import commands, measure
 from experiments.live import split_arguments
 from experiments.live_schema import LiveConfig, list_overrides
 from experiments.live_tracking import failures_logged
+from experiments.long_command import OUT_OF_TIME, run_to_its_end
 from experiments.profile import check_precision
 from experiments.validate import check_loads, check_recorded, recorded_config
 from testbed.contention import Contention
@@ -60,25 +60,6 @@ def test_both_commands_get_what_concerns_them() -> None:
     assert second == ["fleet=f", "users=1,2", "seed=2"]
 
 
-def test_an_interrupted_command_may_take_its_time_to_stop(tmp_path: Path) -> None:
-    child = (
-        "import pathlib, sys, time\n"
-        "try:\n    print('on', flush=True); time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    time.sleep(1.0); pathlib.Path(sys.argv[1]).touch(); sys.exit(130)"
-    )
-    stopped = tmp_path / "stopped"
-    starter = (
-        "import signal, sys; from experiments.live import run_to_its_end;"
-        "signal.signal(signal.SIGINT, signal.default_int_handler);"
-        f"sys.exit(run_to_its_end([sys.executable, '-c', {child!r}, {str(stopped)!r}]))"
-    )
-    wrapper = subprocess.Popen([sys.executable, "-c", starter], cwd=ROOT, stdout=subprocess.PIPE)
-    assert wrapper.stdout is not None and wrapper.stdout.readline() == b"on\n"
-    wrapper.send_signal(signal.SIGINT)
-    assert wrapper.wait(30) == 130
-    assert stopped.exists(), "it was killed while it stopped its servers"
-
-
 def test_a_gpu_session_profiles_then_validates_with_overrides_last() -> None:
     profile, validate = commands("llama3_8b_bf16", "h200-141gb", "1,10", ["workload=sessions"])
     assert "install=true" in profile and "live_plan=gpu" in profile and "install=true" not in validate
@@ -100,7 +81,8 @@ def test_a_short_gpu_session_leaves_three_minutes_of_nine_for_starts() -> None:
 def test_a_session_stops_what_runs_when_its_time_is_over() -> None:
     nap = "import time; print('{}', flush=True); time.sleep({})"
     began_s = time.monotonic()
-    assert finished([sys.executable, "-c", nap.format(1, 60)], 0.5) == (OUT_OF_TIME, "")
+    nap_long = [sys.executable, "-c", nap.format(1, 60)]
+    assert run_to_its_end(nap_long, 0.5, capture=True) == (OUT_OF_TIME, "")
     assert time.monotonic() - began_s < 10
     both = [[sys.executable, "-c", nap.format('{"a": 1}', s)] for s in (0, 60)]
     report = measure("e", both, 1.5)
@@ -235,7 +217,7 @@ def test_a_failed_measurement_is_a_failed_run(tmp_path: Path) -> None:
     "call",
     [
         "from experiments import live; sys.argv = ['live']; live.main()",
-        "from experiments.gpu_session import finished; finished([sys.executable], 60.0)",
+        "from experiments.long_command import run_to_its_end; run_to_its_end([sys.executable], 60.0, True)",
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
