@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -294,6 +295,69 @@ def test_servers_start_from_any_folder_and_past_any_proxy(
     finally:
         server.stop()
     assert not server.running and not answers(one.url)
+
+
+LIKE_VLLM = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("pids", os.getppid(), os.getpid(), child.pid, flush=True)
+"""
+MEASURES = """
+import signal, sys, time
+from pathlib import Path
+from ersim.config import ExpertConfig, FleetConfig
+from experiments.live_schema import run_command
+from testbed.fleet import LiveFleet
+
+python, folder = sys.argv[1:]
+expert = ExpertConfig(gpu="cpu", replicas=2, live={"python": python, "model": folder})
+
+def measure():
+    with LiveFleet(FleetConfig("f", experts={"e": expert}), Path(folder)):
+        print("ready", flush=True)
+        time.sleep(600)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without it
+run_command(measure, "ersim-measure")
+"""
+
+
+def logged_pids(tmp_path: Path, servers: int) -> list[int]:
+    """Of supervisors, servers and their children, once all of them have said theirs."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        words = [path.read_text().split() for path in sorted(tmp_path.glob("*.log"))]
+        if len(words) == servers and all(word[:1] == ["pids"] and len(word) >= 4 for word in words):
+            return [int(pid) for word in words for pid in word[1:4]]
+        time.sleep(0.05)
+    raise AssertionError(words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["starting", "ready"])
+def test_an_interrupted_fleet_leaves_no_server(tmp_path: Path, number: signal.Signals, when: str) -> None:
+    """A command with two replicas is interrupted, as a terminal does it: one line, status 130, no process."""
+    python = fake_vllm(tmp_path, LIKE_VLLM + (HEALTHY if when == "ready" else "import time; time.sleep(600)"))
+    command = subprocess.Popen(
+        [sys.executable, "-c", MEASURES, python, str(tmp_path)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    pids: list[int] = []
+    try:
+        pids = logged_pids(tmp_path, 2)
+        if when == "ready":
+            assert command.stdout is not None and command.stdout.readline() == "ready\n"
+        assert len(set(pids)) == 6 and all(alive(pid) for pid in pids)
+        os.killpg(command.pid, number)
+        _, told = command.communicate(timeout=60)
+        assert not any(alive(pid) for pid in pids), "a server outlived its command"
+        assert command.returncode == 130
+        assert re.fullmatch(r"ersim-measure: interrupted.*\n", told), told
+    finally:
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+        command.kill()
+        command.wait()
 
 
 def test_commands_and_environment_follow_the_config(tmp_path: Path) -> None:
