@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ersim.config import SimulationConfig
+from ersim.config import FleetConfig, SimulationConfig
 from ersim.prepare import Routing
 from ersim.results import Window, breakdown, in_window, quality, summarise
 from ersim.results.records import COMPLETED, RequestTable
@@ -40,7 +40,7 @@ def run_figures(
         block = per_expert.setdefault(name, {"completed": 0, "share": 0.0})
         block.update(_occupancy(experts[index], output, index, window))
         block["steps_beyond_calibration"] = output.beyond[index]
-    energy = _energy_joules(experts, per_expert, list(config.fleet.experts), window)
+    energy = _energy_joules(experts, per_expert, config.fleet, window)
     tokens = (figures["output_throughput"] or 0.0) * window.duration_s
     figures["joules_per_output_token"] = energy / tokens if energy is not None and tokens else None
     figures.update(_routing(config, experts, prompts, in_window(output.table, window), figures))
@@ -82,16 +82,16 @@ def _cost(
 def _energy_joules(
     experts: Sequence[ExpertModel],
     per_expert: Mapping[str, Mapping[str, Any]],
-    names: Sequence[str],
+    fleet: FleetConfig,
     window: Window,
 ) -> float | None:
     """Joules of the whole fleet in the window; None unless every calibration has a power model."""
     total = 0.0
-    for name, expert in zip(names, experts, strict=True):
+    for (name, described), expert in zip(fleet.experts.items(), experts, strict=True):
         joules = expert.energy(per_expert[name]["busy_share"] * window.duration_s, window.duration_s)
         if joules is None:
             return None
-        total += joules
+        total += described.replicas * joules
     return total
 
 

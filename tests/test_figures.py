@@ -19,6 +19,8 @@ from ersim.config import (
     UncertaintyConfig,
     WorkloadConfig,
 )
+from ersim.prepare import Preparations
+from ersim.steptime.calibration import save
 from ersim.types import RoutingQuery
 
 SPILL = {"at_load": 0.001, "max_quality_loss": 0.3, "relief": 0.9}
@@ -48,6 +50,23 @@ def config(tmp_path: Path) -> SimulationConfig:
         router=RouterConfig(policy="predictive", params={"predictor": "ridge"}),
         uncertainty=UncertaintyConfig(replications="1"),
     )
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_energy_is_that_of_all_replicas(config: SimulationConfig, tmp_path: Path, replicas: int) -> None:
+    known = Preparations().expert(ExpertConfig(), "expert").calibration
+    path = tmp_path / "powered.json"
+    save(replace(known, power={"busy_w": 300.0, "idle_w": 100.0}), path)
+    expert = ExpertConfig(calibration=str(path), replicas=replicas)
+    workload = WorkloadConfig(requests=100, think_s=0.1)
+    summary = ersim.simulate(
+        replace(
+            config, fleet=FleetConfig("one", experts={"a": expert}), workload=workload, router=RouterConfig()
+        )
+    ).summary
+    watts = summary["joules_per_output_token"] * summary["output_throughput"]
+    busy = summary["per_expert"]["a"]["busy_share"]
+    assert watts == pytest.approx(replicas * (100.0 + 200.0 * busy), rel=1e-6)
 
 
 def test_labels_of_an_expert_are_found_by_its_name(config: SimulationConfig) -> None:
