@@ -22,6 +22,7 @@ from testbed.power import PowerLog, power_model
 from testbed.profiling import ProfileRun
 from testbed.sensitivity import KEY, Sensitivity, fit_sensitivity, one_row_share, probe_s
 from testbed.step_log import StepLog, request_tag
+from testbed.weightless import model_shape
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -148,6 +149,7 @@ def _calibration(
 ) -> Calibration:
     """The fit to steps cleared of the host's slowness, seconds."""
     expert, log, run = profiled.expert, profiled.log, profiled.run
+    spec = load_model(expert.model)
     on_cpu = profiled.device == "cpu"
     return fit_live_calibration(
         batches,
@@ -168,24 +170,9 @@ def _calibration(
             "recorder_overhead": round(log.record_overhead(), 5),
             "probe_s": reference_probe_s(log),
             KEY: dataclasses.asdict(felt),
-            "model_config": _hf_config(load_model(expert.model)),
+            "model_config": {**model_shape(spec), "max_position_embeddings": spec.max_position},
         },
         seed=profiled.seed,
         frontend=frontend_delays_s(run.records, log),
         power={} if on_cpu else power_model(profiled.power, log),
     )
-
-
-def _hf_config(spec: Any) -> dict[str, Any]:
-    """The model's shape under config.json's names, so that the calibration stands on its own."""
-    return {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_position,
-        "tie_word_embeddings": spec.tie_word_embeddings,
-    }

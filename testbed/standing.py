@@ -52,7 +52,7 @@ CHECK_SEED = 500_000  # prompts of a check are nobody else's
 FLUSH_S = 1.0  # the recorder writes twice a second
 LEAST_DOUBT = 0.015  # of one check: six phases may agree by chance
 USUAL_WANDER = ROUND_STD  # relative, from round to round
-START_STD = 0.15  # relative, between starts: see docs/testbed.md
+START_STD = 0.15  # relative, between starts: single checks said 0.79 to 1.42 in three measurements
 USUAL_CHECKS = 3  # as many checks' worth that is; three of one's own may agree by chance
 
 

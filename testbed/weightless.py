@@ -67,13 +67,9 @@ DEFAULT_METHOD = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "int8": "int8", 
 """The method that serves a precision when `live.quantization` does not say."""
 
 
-def llama_config(spec: ModelSpec, method: str, max_model_len: int) -> dict[str, Any]:
-    """The Hugging Face config.json of a Llama 3 of this shape; ConfigError for an unknown method."""
-    if method not in QUANTIZATIONS:
-        raise unknown_choice("live.quantization", method, QUANTIZATIONS)
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+def model_shape(spec: ModelSpec) -> dict[str, Any]:
+    """A model's shape under config.json's names."""
+    return {
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
         "num_hidden_layers": spec.num_layers,
@@ -81,6 +77,18 @@ def llama_config(spec: ModelSpec, method: str, max_model_len: int) -> dict[str, 
         "num_key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "vocab_size": spec.vocab_size,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+    }
+
+
+def llama_config(spec: ModelSpec, method: str, max_model_len: int) -> dict[str, Any]:
+    """The Hugging Face config.json of a Llama 3 of this shape; ConfigError for an unknown method."""
+    if method not in QUANTIZATIONS:
+        raise unknown_choice("live.quantization", method, QUANTIZATIONS)
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **model_shape(spec),
         "max_position_embeddings": max(max_model_len, 8192),
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
@@ -88,7 +96,6 @@ def llama_config(spec: ModelSpec, method: str, max_model_len: int) -> dict[str, 
         "torch_dtype": "float16" if method == "fp16" else "bfloat16",
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "tie_word_embeddings": spec.tie_word_embeddings,
     }
     if QUANTIZATIONS[method] is not None:
         config["quantization_config"] = QUANTIZATIONS[method]
