@@ -11,10 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ersim.config import ExpertConfig, FleetConfig, SimulationConfig
 from ersim.errors import DataError
+from ersim.prepare import Preparations
 from ersim.steptime import Calibration, load
-from ersim.steptime.calibration import CALIBRATION_DIR
+from ersim.steptime.calibration import CALIBRATION_DIR, save
 from ersim.types import Batch
+from experiments.live_schema import LiveConfig
+from experiments.profile import _slowed
+from experiments.validate import _speeds
 from testbed.host_speed import SpeedTrace
 from testbed.measured_run import FORMAT, VERSION, read_span_s, read_speed, read_standings, steps_frame
 from testbed.plan import check_plan, phases
@@ -181,6 +186,37 @@ def test_a_stored_run_keeps_its_probes_and_every_round_its_checks(tmp_path: Path
     assert both.at(1.0) == pytest.approx(3.0), "of all its servers' steps"
     assert both.doubt == pytest.approx(standings["a"].doubt / 2), "the one without a check counts as known"
     assert read_speed(folders[0], ["a"], {}, calibration(None)).is_one, "nothing probed, nothing slow"
+
+
+def test_steps_of_common_load_are_cleared_of_host_and_start_by_replica() -> None:
+    logs = [log_of(np.full(60, 0.02), probe_s=0.0003), log_of(np.full(60, 0.02), probe_s=0.0002)]
+    checked = Standing(1.3, 0.03, 50)
+    first, second = _slowed("a", logs, {"a-1": checked}, calibration(0.0002), Fixed())
+    felt = 1.5  # every step is one of one row
+    np.testing.assert_allclose(first, 1.5**felt, err_msg="the profiled server is its own measure")
+    np.testing.assert_allclose(second, together([checked]).factor ** felt)
+
+
+def test_a_validation_takes_the_starts_from_all_its_runs(tmp_path: Path) -> None:
+    frame = steps_frame(log_of(np.full(100, 0.05), probe_s=0.0003), 0.0)
+    checks = [Standing(1.4, 0.02, 50), Standing(1.2, 0.02, 50)]
+    for repeat, users in itertools.product(range(2), (1, 2)):
+        folder = tmp_path / "runs" / f"u{users}r{repeat}"
+        folder.mkdir(parents=True)
+        told = {"a": dataclasses.asdict(checks[repeat])}
+        (folder / "run.json").write_text(json.dumps({**RUN, "repeat": repeat, "standings": told}))
+        frame.to_parquet(folder / "steps_a.parquet")
+    kept = tmp_path / "a.json"
+    known = calibration(0.0002)
+    save(known, kept)
+    made_for = {"model": known.model, "precision": known.precision, "gpu": known.gpu, "tp": known.tp}
+    fleet = FleetConfig("f", experts={"a": ExpertConfig(calibration=str(kept), **made_for)})
+    job = LiveConfig(fleet=fleet, users=[1, 2], repeats=2)
+    both = _speeds(job, SimulationConfig(fleet=fleet), Preparations(), tmp_path, 2)
+    for speeds in both:
+        assert speeds["a"].factor == together(checks).factor > 1.2
+        assert speeds["a"].wander > 0.0 and speeds["a"].at(1.0) == pytest.approx(1.5)
+    assert len(both) == 2, "one a repeat"
 
 
 def test_damaged_or_old_runs_are_named(tmp_path: Path) -> None:
