@@ -52,7 +52,7 @@ from testbed.host_speed import slowness
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
 from testbed.live_settings import read_live
 from testbed.plan import check_common_load, check_plan
-from testbed.power import PowerSampler
+from testbed.power import IDLE_S, PowerLog, PowerSampler
 from testbed.profile_fit import Profiled, cleared_steps, fit
 from testbed.profiling import Profiler, ProfileRun
 from testbed.sensitivity import Sensitivity, one_row_share, probe_s
@@ -99,17 +99,20 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
         job.seed,
         lambda text: say(f"{name}: {text}"),
     )
+    device = read_live(expert.live, expert.precision, name, expert.gpu).device
     began = CpuUse.now()
     with PowerSampler(gpus=server.spec.gpus) as power:
+        if device == "gpu":
+            time.sleep(IDLE_S)
         run = asyncio.run(profiler.run(job.plan, expert.engine.max_num_seqs or 512))
     _warn_of_others(name, expert.gpu, began)
     time.sleep(1.0)  # the recorder writes twice a second
     live.check_alive()
     log = read_step_log(server.spec.steps_path)
-    device = read_live(expert.live, expert.precision, name, expert.gpu).device
     check_precision(expert.precision, log.meta.get("quantization"), f"fleet.experts.{name}")
     kept = f"{name}_{expert.precision}_live"
     calibration = fit(Profiled(expert, kept, log, run, device, job.seed, power.log))
+    _warn_of_power(name, device, calibration, power.log)
     path = folder / f"{name}.json"
     save(calibration, path)
     if job.install:
@@ -127,6 +130,13 @@ def _warn_of_others(what: str, gpu: str, began: CpuUse) -> None:
     cores = CpuUse.now().foreign_cores(began)
     if gpu == "cpu" and cores > MOST_CORES:
         say(f"{what}: other work on this machine used {cores:.2f} cores; profile again when it is quiet")
+
+
+def _warn_of_power(name: str, device: str, calibration: Calibration, power: PowerLog) -> None:
+    """Say so when a GPU expert's calibration has no power: simulations with it tell no energy."""
+    if device == "gpu" and not calibration.power:
+        why = power.absent or "no reading while it ran, or none while it rested"
+        say(f"{name}: its calibration has no power ({why})")
 
 
 def check_precision(precision: str, served: str | None, key: str) -> None:

@@ -1,6 +1,7 @@
 """GPU power, utilisation, memory and energy by NVML, sampled beside a run; absent without a GPU, and said so.
 
-Power is what `nvmlDeviceGetPowerUsage` says: on recent GPUs the mean of the last second (NVML's reference).
+Power is what `nvmlDeviceGetPowerUsage` says: on GPUs since Ampere, A100 excepted, the mean of the last second
+(NVML's reference).
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from testbed.step_log import StepLog
 
+FloatArray = npt.NDArray[np.float64]
 COLUMNS = ("time_s", "gpu", "power_w", "utilisation", "memory_bytes", "energy_j")
 NAN = float("nan")
+AVERAGED_S = 1.0  # what a power reading is the mean of
+IDLE_S = 4.0  # as long a server rests before it is driven, so that its GPUs show what they draw idle
 
 
 @dataclass
@@ -126,21 +131,31 @@ class PowerSampler:
 
 
 def power_model(power: PowerLog | None, log: StepLog) -> dict[str, float]:
-    """Mean power of the sampled GPUs together while steps ran and while none did; {} without samples of both.
+    """Power of the sampled GPUs together while steps run and while none does; {} without samples of both.
 
-    The sum of the GPUs' own means, so that one that stopped answering half-way counts with what it told.
+    A reading is the mean of a second, so it counts as idle only when no step ran in that second; from the
+    others busy power is fitted, by least squares, as that of the share of their second in which steps ran.
+    The sum of the GPUs' own figures, so that one that stopped answering half-way counts with what it told.
     """
     if power is None or not power.rows or not log.steps:
         return {}
-    ends_s = log.ends_s()
-    starts_s = ends_s - log.periods_s()
     idle_w = busy_w = 0.0
     for _, rows in power.frame().groupby("gpu"):
-        times_s, watts = rows["time_s"].to_numpy(), rows["power_w"].to_numpy()
-        index = np.searchsorted(starts_s, times_s, side="right") - 1
-        busy = (index >= 0) & (times_s <= ends_s[np.maximum(index, 0)])
-        if not busy.any() or busy.all():
+        watts, share = rows["power_w"].to_numpy(), _busy_share(rows["time_s"].to_numpy(), log)
+        idle = share == 0.0
+        if idle.all() or not idle.any():
             return {}
-        idle_w += float(watts[~busy].mean())
-        busy_w += float(watts[busy].mean())
+        own_idle_w = float(watts[idle].mean())
+        idle_w += own_idle_w
+        busy_w += own_idle_w + float((watts - own_idle_w) @ share / (share @ share))
     return {"idle_w": idle_w, "busy_w": busy_w}
+
+
+def _busy_share(times_s: FloatArray, log: StepLog) -> FloatArray:
+    """Share of `AVERAGED_S` before each moment in which steps ran (none overlap); shape as given."""
+    ends_s, periods_s = log.ends_s(), log.periods_s()
+    edges_s = np.stack([ends_s - periods_s, ends_s], axis=1).ravel()
+    ran_s = np.repeat(np.concatenate([[0.0], np.cumsum(periods_s)]), 2)[1:-1]
+    until_s, before_s = (np.interp(moments, edges_s, ran_s) for moments in (times_s, times_s - AVERAGED_S))
+    share: FloatArray = (until_s - before_s) / AVERAGED_S
+    return share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import types
@@ -16,6 +17,9 @@ import pynvml
 import pytest
 
 from ersim.config import ExpertConfig
+from ersim.steptime.calibration import CALIBRATION_DIR
+from ersim.steptime.calibration import load as load_calibration
+from experiments import profile
 from testbed.measured import power_figures
 from testbed.measured_run import read_power, write_power
 from testbed.power import COLUMNS, PowerLog, PowerSampler, power_model
@@ -220,29 +224,49 @@ def test_figures_are_of_all_gpus_and_all_stretches() -> None:
 
 
 def test_idle_and_busy_power_are_told_apart_by_the_steps() -> None:
-    """Steps from 0 to 0.2 and from 1 to 1.1 seconds; the second GPU is lost after two samples."""
-    log = StepLog(META, [step(0, 0.0, 0.1), step(1, 0.1, 0.2), step(5, 1.0, 1.1)], {})
-    rows = [
-        row(-0.5, 0, 90.0), row(0.05, 0, 300.0), row(0.05, 1, 200.0), row(0.15, 0, 310.0), row(0.5, 0, 100.0),
-        row(0.5, 1, 50.0), row(1.05, 0, 320.0), row(1.5, 0, 110.0),
-    ]  # fmt: skip
+    """Steps from 10 to 10.5 and from 10.7 to 11 seconds; a reading is the mean of its second (NVML).
+
+    The first GPU draws 100 W idle and 400 W busy, the second 50 and 250 and is lost after two readings.
+    """
+    log = StepLog(META, [step(0, 10.0, 10.25), step(1, 10.25, 10.5), step(5, 10.7, 11.0)], {})
+    shares = {9.0: 0.0, 10.0: 0.0, 10.25: 0.25, 10.6: 0.5, 11.0: 0.8, 11.6: 0.3, 12.5: 0.0}
+    rows = [row(at, 0, 100.0 + 300.0 * share) for at, share in shares.items()]
+    rows += [row(9.5, 1, 50.0), row(10.5, 1, 150.0)]
     found = power_model(PowerLog(rows), log)
-    assert found == {"idle_w": pytest.approx(100.0 + 50.0), "busy_w": pytest.approx(310.0 + 200.0)}
+    assert found == {"idle_w": pytest.approx(100.0 + 50.0), "busy_w": pytest.approx(400.0 + 250.0)}
     assert power_model(None, log) == power_model(PowerLog(absent="no NVIDIA GPU"), log) == {}
     assert power_model(PowerLog(rows), StepLog(META, [], {})) == {}
-    assert power_model(PowerLog([rows[1]]), log) == {}, "nothing is known of an idle GPU"
+    assert power_model(PowerLog(rows[:2]), log) == {}, "nothing is known of a busy GPU"
+    between = [item for item in rows if 10.0 < item[0] < 12.0]
+    assert power_model(PowerLog(between), log) == {}, "no reading without steps in its second"
 
 
 @pytest.mark.parametrize(("device", "power"), [("gpu", {"idle_w": 60.0, "busy_w": 400.0}), ("cpu", {})])
 def test_a_calibration_has_the_power_of_the_gpus_it_ran_on(device: str, power: dict[str, float]) -> None:
-    """Steps of 21 to 84 ms, each after an idle engine, ten a second."""
+    """Steps of 20 to 80 ms, each after an idle engine, ten a second; a rest before and after them."""
     steps = []
     for index in range(1200):
-        rows, start_s = (1, 4, 16, 64)[index // 20 % 4], 0.1 * index
+        rows, start_s = (1, 4, 16, 60)[index // 20 % 4], 0.1 * index
         steps.append(step(2 * index, start_s, start_s + 0.02 + 0.001 * rows, rows))
     log = StepLog(META, steps, {})
-    samples = [row(0.1 * t + at, 0, watts) for t in range(5) for at, watts in ((0.01, 400.0), (0.095, 60.0))]
+    shares = {-1.0: 0.0, 1.95: 0.21, 3.95: 0.24, 5.95: 0.36, 7.95: 0.8, 122.0: 0.0}
+    samples = [row(at, 0, 60.0 + 340.0 * share) for at, share in shares.items()]
     expert = ExpertConfig(model="llama-36m", precision="bf16", gpu="h200-141gb")
     run = ProfileRun([PhaseTimes("decode", -1.0, 200.0, 1, 0)])
     found = fit(Profiled(expert, "tiny", log, run, device, 0, PowerLog(samples)))
-    assert found.power == power
+    assert found.power == pytest.approx(power)
+
+
+def test_a_profile_says_why_a_gpus_calibration_has_no_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(profile, "say", said.append)
+    without = load_calibration(CALIBRATION_DIR / "h100-80gb" / "llama3.1-8b_bf16_tp1_tables.json")
+    assert not without.power
+    profile._warn_of_power("a", "cpu", without, PowerLog(absent="no NVIDIA GPU"))
+    known = dataclasses.replace(without, power={"idle_w": 60.0, "busy_w": 400.0})
+    profile._warn_of_power("a", "gpu", known, PowerLog(absent="GPU 1 stopped answering"))
+    assert not said
+    profile._warn_of_power("a", "gpu", without, PowerLog(absent="nvidia-ml-py is not installed"))
+    profile._warn_of_power("b", "gpu", without, PowerLog())
+    assert said[0] == "a: its calibration has no power (nvidia-ml-py is not installed)"
+    assert said[1].startswith("b: its calibration has no power (no reading while it ran")
