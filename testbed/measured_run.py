@@ -19,7 +19,7 @@ from ersim.steptime import Calibration
 from ersim.util.files import write_atomically, write_json
 from testbed.host_speed import SpeedTrace, probes_s, slowness_of
 from testbed.live_run import LiveRun
-from testbed.power import PowerLog
+from testbed.power import COLUMNS, PowerLog
 from testbed.sensitivity import Sensitivity, probe_s
 from testbed.standing import Standing, together
 from testbed.step_log import StepLog
@@ -64,12 +64,11 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, Gaps]:
     """Requests and gaps of a run that `write_run` wrote. Raises DataError naming what is missing."""
     try:
         requests = pd.read_parquet(folder / "requests.parquet")
-        stored = pd.read_parquet(folder / "gaps.parquet")
+        stored = _table(folder / "gaps.parquet", [one.name for one in dataclasses.fields(Gaps)])
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: not a whole measured run ({error}); measure it again") from error
     frame = check_requests(requests, str(folder / "requests.parquet"))
-    gaps = Gaps(**{item.name: stored[item.name].to_numpy() for item in dataclasses.fields(Gaps)})
-    return frame, gaps
+    return frame, Gaps(**{str(name): column.to_numpy() for name, column in stored.items()})
 
 
 @dataclass(frozen=True)
@@ -183,12 +182,17 @@ def read_speed(
     return start.with_steps(steps["end_s"].to_numpy(), slow)
 
 
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """These columns of a Parquet file, in this order. Raises OSError or ValueError when it has them not."""
+    frame = pd.read_parquet(path)
+    if lacking := set(columns) - set(frame):
+        raise ValueError(f"{path.name}: no column {', '.join(sorted(lacking))}")
+    return frame[list(columns)]
+
+
 def _steps(path: Path) -> pd.DataFrame:
     try:
-        frame = pd.read_parquet(path)
-        if lacking := {"end_s", "probe_s"} - set(frame):
-            raise ValueError(f"no column {', '.join(sorted(lacking))}")
-        return frame[["end_s", "probe_s"]]
+        return _table(path, ["end_s", "probe_s"])
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not the steps of a measured run ({error}); measure it again") from error
 
@@ -202,14 +206,19 @@ def write_power(power: PowerLog, folder: Path) -> None:
 
 
 def read_power(folder: Path) -> PowerLog:
-    """What `write_power` wrote; an empty log when nothing was written."""
+    """What `write_power` wrote; an empty log when it wrote nothing. Raises DataError when it is damaged."""
     rows: list[Any] = []
-    if (folder / "power.parquet").is_file():
-        rows = list(pd.read_parquet(folder / "power.parquet").itertuples(index=False, name=None))
-    if (folder / "power.json").is_file():
-        absent = json.loads((folder / "power.json").read_text(encoding="utf-8"))["absent"]
-        return PowerLog(rows, absent)
-    return PowerLog(rows, None if rows else "not measured")
+    path, why = folder / "power.parquet", folder / "power.json"
+    try:
+        if path.is_file():
+            rows = list(_table(path, COLUMNS).itertuples(index=False, name=None))
+        absent = json.loads(why.read_text(encoding="utf-8"))["absent"] if why.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder}: power.parquet or power.json is damaged ({error}); measure again, or remove both to "
+            "go without power"
+        ) from error
+    return PowerLog(rows, absent if rows or why.is_file() else "not measured")
 
 
 def _parquet(frame: pd.DataFrame, path: Path) -> None:

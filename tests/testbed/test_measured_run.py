@@ -20,6 +20,7 @@ from testbed.measured_run import (
     VERSION,
     check_measured_with,
     read_record,
+    read_run,
     read_span_s,
     read_standings,
     read_versions,
@@ -115,6 +116,15 @@ def test_a_run_that_is_not_there_or_no_text_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(DataError, match=r"run\.json: not a whole JSON document .*; measure it again"):
         read_record(tmp_path)
+
+
+def test_gaps_without_a_column_are_one_line(tmp_path: Path) -> None:
+    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "requests.parquet")
+    pd.DataFrame({"end_s": [1.0], "gap_s": [0.1], "count": [1]}).to_parquet(tmp_path / "gaps.parquet")
+    with pytest.raises(
+        DataError, match=r"not a whole measured run \(gaps\.parquet: no column tokens\); measure it again"
+    ):
+        read_run(tmp_path)
 
 
 def test_a_run_is_predicted_only_with_the_calibrations_it_was_measured_with(tmp_path: Path) -> None:
