@@ -145,7 +145,7 @@ def _measure(
     set_aside(folder / "runs", "*/run.json")
     digests = calibration_digests(base.fleet, shared)
     tries = TRIES if _on_cpu(base.fleet) else 1
-    with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs"):
+    with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs", live.gpus):
         settings = gateway_settings(base, shared, live, folder / "runs")
         started = [server.spec for server in live.all_servers]
         check_versions({spec.name: logged_version(spec.steps_path) for spec in started}, known)
@@ -179,9 +179,9 @@ def _run_once(
 
 
 @contextlib.contextmanager
-def _power_kept(folder: Path) -> Iterator[None]:
-    """Sample power inside, and write what was sampled even when the measurement fails."""
-    with PowerSampler() as power:
+def _power_kept(folder: Path, gpus: Sequence[int] = ()) -> Iterator[None]:
+    """Sample these GPUs (all: none) inside, and write what was sampled even when the measurement fails."""
+    with PowerSampler(gpus=gpus) as power:
         try:
             yield
         finally:
@@ -273,8 +273,7 @@ def _compare(
         for repeat in range(job.repeats):
             check_recorded(folder / "runs" / f"u{users}r{repeat}" / "run.json", level)
         spans = [read_span_s(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
-        tokens = int(sum(frame["output_tokens"].sum() for frame, _ in repeats))
-        measured["power"] = power_figures([power.between(*span) for span in spans], tokens)
+        measured["power"] = _power(power, spans, repeats)
         say(f"simulating {users} users")
         speeds = _speeds(job, base, shared, folder, users)
         told, plain = _predictions(job, level, shared, known, judged, speeds)
@@ -289,6 +288,12 @@ def _compare(
             "failed_requests": _failed(repeats),
         }
     return pd.DataFrame(rows), summaries
+
+
+def _power(power: PowerLog, spans: Sequence[tuple[float, float]], repeats: Sequence[Run]) -> dict[str, Any]:
+    """Power and energy of a load's repeats; tokens count as they arrive, those of requests cut off too."""
+    tokens = int(sum(gaps.tokens.sum() for _, gaps in repeats))
+    return power_figures([power.between(*span) for span in spans], tokens)
 
 
 def _predictions(

@@ -111,6 +111,12 @@ class LiveFleet:
         """Every replica of every expert, in the fleet's order."""
         return [server for group in self.servers.values() for server in group]
 
+    @property
+    def gpus(self) -> list[int]:
+        """Indices of the GPUs that its servers are bound to; none when one of them takes what is there."""
+        bound = [server.spec.gpus for server in self.all_servers if server.spec.live.device == "gpu"]
+        return sorted({index for gpus in bound for index in gpus}) if all(bound) else []
+
     def urls(self) -> dict[str, list[str]]:
         """Base URLs of the replicas by expert."""
         return {name: [server.spec.url for server in group] for name, group in self.servers.items()}

@@ -83,18 +83,27 @@ class PowerSampler:
             return self
         try:
             pynvml.nvmlInit()
-            indices = self._gpus or range(pynvml.nvmlDeviceGetCount())
-            self._handles = {index: pynvml.nvmlDeviceGetHandleByIndex(index) for index in indices}
+            self._nvml = pynvml
+            self._handles = self._found(self._gpus or range(pynvml.nvmlDeviceGetCount()))
         except pynvml.NVMLError as error:
             self.log.absent = f"no NVIDIA GPU ({error})"
             return self
-        self._nvml = pynvml
         if not self._handles:
-            self.log.absent = "no NVIDIA GPU (NVML counts none)"
+            self.log.absent = self.log.absent or "no NVIDIA GPU (NVML counts none)"
             return self
         self._thread = threading.Thread(target=self._loop, daemon=True, name="ersim-power")
         self._thread.start()
         return self
+
+    def _found(self, indices: Sequence[int]) -> dict[int, Any]:
+        """The GPUs to sample, by index; one that NVML does not give is named in `absent`."""
+        found: dict[int, Any] = {}
+        for index in indices:
+            try:
+                found[index] = self._nvml.nvmlDeviceGetHandleByIndex(index)
+            except self._nvml.NVMLError as error:
+                self.log.absent = f"GPU {index} cannot be sampled ({error})"
+        return found
 
     def _loop(self) -> None:
         while not self._stop.wait(self._period_s):

@@ -16,10 +16,14 @@ import pandas as pd
 import pynvml
 import pytest
 
-from ersim.config import ExpertConfig
+from ersim.config import ExpertConfig, FleetConfig
+from ersim.errors import DataError
+from ersim.results import Gaps
 from ersim.steptime.calibration import CALIBRATION_DIR
 from ersim.steptime.calibration import load as load_calibration
 from experiments import profile
+from experiments.validate import _power
+from testbed.fleet import LiveFleet
 from testbed.measured import power_figures
 from testbed.measured_run import read_power, write_power
 from testbed.power import COLUMNS, PowerLog, PowerSampler, power_model
@@ -67,6 +71,8 @@ class FakeNvml(types.ModuleType):
         return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> Gpu:
+        if index >= len(self.gpus):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return self.gpus[index]
 
     def nvmlDeviceGetPowerUsage(self, handle: Gpu) -> int:
@@ -172,6 +178,19 @@ def test_only_the_gpus_asked_for_are_sampled(monkeypatch: pytest.MonkeyPatch) ->
     assert gpus[0].asked == gpus[2].asked == 0
 
 
+def test_a_gpu_that_is_not_there_is_named_and_the_others_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml(Gpu(), gpu := Gpu())
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    with PowerSampler(0.001, [1, 7]) as power:
+        while gpu.asked < 3:
+            time.sleep(0.002)
+    log = power.log
+    assert log.absent == "GPU 7 cannot be sampled (Invalid Argument)" and set(log.frame()["gpu"]) == {1}
+    with PowerSampler(0.001, [7]) as power:
+        nvml.shut = False
+    assert power.log.absent == log.absent and not power.log.rows and nvml.shut
+
+
 def test_why_nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, why in (
         (None, "nvidia-ml-py is not installed"),
@@ -201,6 +220,46 @@ def test_an_interval_and_what_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     write_power(PowerLog(absent="no NVIDIA GPU"), tmp_path / "none")
     assert read_power(tmp_path / "none") == PowerLog(absent="no NVIDIA GPU")
+
+
+def test_damaged_power_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    write_power(PowerLog([row(0.0, 0, 90.0)]), tmp_path)
+    pd.read_parquet(tmp_path / "power.parquet").drop(columns="gpu").to_parquet(tmp_path / "power.parquet")
+    refused = r"power\.parquet or power\.json is damaged \(.*\); measure again, or remove both"
+    with pytest.raises(DataError, match=refused.replace(".*", "power.parquet: no column gpu")):
+        read_power(tmp_path)
+    (tmp_path / "power.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=refused):
+        read_power(tmp_path)
+    (tmp_path / "power.parquet").unlink()
+    for text in ("{", "{}", "[]"):
+        (tmp_path / "power.json").write_text(text)
+        with pytest.raises(DataError, match=refused):
+            read_power(tmp_path)
+
+
+def test_a_validation_samples_the_gpus_that_its_fleet_is_bound_to(tmp_path: Path) -> None:
+    def gpus(*given: list[list[int]], device: str = "gpu") -> list[int]:
+        experts = {
+            f"e{index}": ExpertConfig(model="llama-36m", gpu="h200-141gb", replicas=max(1, len(one)))
+            for index, one in enumerate(given)
+        }
+        for expert, one in zip(experts.values(), given, strict=True):
+            expert.live = {"gpus": one, "device": device}
+        return LiveFleet(FleetConfig("f", experts=experts), tmp_path).gpus
+
+    assert gpus([[3], [1]], [[2]]) == [1, 2, 3]
+    assert gpus([]) == [], "alone it takes what is there"
+    assert gpus([[3]], device="cpu") == []
+
+
+def test_energy_is_shared_by_all_tokens_that_arrived() -> None:
+    """10 of the 30 came for requests that the end of their run cut off: no row, but gaps."""
+    frame = pd.DataFrame({"output_tokens": [20]})
+    gaps = Gaps(np.array([0.5, 0.9]), np.zeros(2), np.array([19, 9]), np.array([20, 10]))
+    power = PowerLog([row(time_s, 0, 60.0) for time_s in (0.0, 1.0, 9.0)])
+    figures = _power(power, [(0.0, 1.0)], [(frame, gaps)])
+    assert (figures["joules"], figures["joules_per_output_token"]) == (60.0, 2.0)
 
 
 def test_figures_are_of_all_gpus_and_all_stretches() -> None:
