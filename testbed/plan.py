@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from ersim.errors import bad_value
 
+PREFILL_ANSWER = 2  # tokens that a prompt sent for its prefill is answered with
+
 
 @dataclass
 class ProfilePlan:
@@ -57,9 +59,11 @@ Phase = Burst | ClosedLoop
 
 def check_plan(plan: ProfilePlan, max_model_len: int) -> None:
     """Raise ConfigError for a plan that the engine would refuse or that cannot be fitted."""
-    longest = max([*plan.prefill_tokens, *plan.decode_contexts, 0])
-    if longest + plan.decode_tokens > max_model_len:
-        raise bad_value("plan.prefill_tokens", f"below max_model_len ({max_model_len})", longest)
+    for name, answer in (("prefill_tokens", PREFILL_ANSWER), ("decode_contexts", plan.decode_tokens)):
+        longest, most = max(getattr(plan, name), default=0), max_model_len - answer
+        if longest > most:
+            must = f"at most {most} (max_model_len={max_model_len} less {answer} tokens of answer)"
+            raise bad_value(f"plan.{name}", must, longest)
     for name in ("prefill_tokens", "decode_batches", "decode_contexts", "mixed_users"):
         if any(value < 1 for value in getattr(plan, name)):
             raise bad_value(f"plan.{name}", "all >= 1", getattr(plan, name))
@@ -92,7 +96,7 @@ def phases(plan: ProfilePlan, max_num_seqs: int) -> Iterator[Phase]:
 
 
 def _round(plan: ProfilePlan, max_num_seqs: int, suffix: str) -> Iterator[Phase]:
-    prefills = [(tokens, 2) for tokens in plan.prefill_tokens for _ in range(plan.repeats)]
+    prefills = [(tokens, PREFILL_ANSWER) for tokens in plan.prefill_tokens for _ in range(plan.repeats)]
     yield Burst(f"prefill{suffix}", prefills, 1)
     for context in plan.decode_contexts:
         for batch in plan.decode_batches:

@@ -23,12 +23,18 @@ def test_the_plans_we_ship_can_be_driven(file: Path) -> None:
     check_common_load(plan)
 
 
+def test_a_plan_may_fill_the_context() -> None:
+    check_plan(ProfilePlan(prefill_tokens=[8190], decode_contexts=[64, 8176]), 8192)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         *(({name: []}, f"{name} must be at least one number, got []")
           for name in ("prefill_tokens", "decode_batches", "decode_contexts")),
         ({"prefill_tokens": [16, 0]}, "prefill_tokens must be all >= 1, got [16, 0]"),
+        ({"prefill_tokens": [8191]}, "prefill_tokens must be at most 8190 (max_model_len=8192 less 2 tokens"),
+        ({"decode_contexts": [64, 8177]}, "decode_contexts must be at most 8176 (max_model_len=8192 less 16"),
         ({"repeats": 0}, "repeats must be >= 1, got 0"),
         ({"decode_tokens": 0}, "decode_tokens must be >= 2, got 0"),
         ({"decode_tokens": 1}, "decode_tokens must be >= 2, got 1"),
