@@ -287,10 +287,10 @@ class ExpertServer:
                 self.ready_s = time.monotonic() - self.started_s
                 return self.ready_s
             time.sleep(POLL_S)
+        late = f"was not healthy within {self.spec.live.ready_timeout_s:g} s (live.ready_timeout_s)"
+        failed = self._fail(late)  # before it is stopped: what it logs then is no cause
         self.stop()
-        raise self._fail(
-            f"was not healthy within {self.spec.live.ready_timeout_s:g} s (live.ready_timeout_s)"
-        )
+        raise failed
 
     def kill(self) -> None:
         """Kill all its processes at once, as a crash would: what the fault test uses."""

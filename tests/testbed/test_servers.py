@@ -103,12 +103,18 @@ def test_an_expert_that_dies_shows_its_log(tmp_path: Path) -> None:
 
 
 def test_an_expert_that_never_gets_ready_is_stopped(tmp_path: Path) -> None:
-    code = "import time\nprint('loading', flush=True)\ntime.sleep(600)\n"
+    code = (
+        "import signal, time\n"
+        "def stopped(*given): raise RuntimeError('cancelled')\n"
+        "signal.signal(signal.SIGINT, stopped)\n"
+        "print('loading', flush=True)\ntime.sleep(600)\n"
+    )
     server = ExpertServer(spec(tmp_path, python=fake_vllm(tmp_path, code), ready_timeout_s=2.0))
     server.start()
-    with pytest.raises(ExpertFailed, match=r"not healthy within 2 s(.|\n)*loading"):
+    with pytest.raises(ExpertFailed, match=r"not healthy within 2 s(.|\n)*loading") as raised:
         server.wait_ready()
-    assert not server.running
+    assert not server.running and "cancelled" in server.spec.log_path.read_text()
+    assert "cancelled" not in str(raised.value), "its stop is not why it was late"
 
 
 REFUSED = """\
@@ -417,7 +423,7 @@ def test_weightless_folders_hold_config_and_exact_tokenizer(tmp_path: Path) -> N
 
 
 def test_the_profile_plan_fits_the_engine_and_puts_basics_first() -> None:
-    with pytest.raises(ConfigError, match=r"plan\.prefill_tokens must be below max_model_len"):
+    with pytest.raises(ConfigError, match=r"plan\.prefill_tokens must be at most 8190 .*got 9000"):
         check_plan(ProfilePlan(prefill_tokens=[9000]), 8192)
     names = [phase.name for phase in phases(ProfilePlan(), 8)]
     assert names[:2] == ["warmup", "prefill"] and "decode-c64-b16" not in names
