@@ -17,7 +17,8 @@ STOLEN = 8
 
 
 class StolenShare:
-    """Stolen over stolen and used time of all cores in the last second or so; 0 where nobody counts it."""
+    """Stolen over stolen and used time of all cores in the last second, or since the call before if that
+    is longer ago; 0 where nobody counts it, and where the count went back (machines that were moved)."""
 
     def __init__(self, stat: Path = STAT) -> None:
         self._stat = stat
@@ -33,7 +34,7 @@ class StolenShare:
             used, stolen = self._read()
             used_before, stolen_before = self._before
             gone, wanted = stolen - stolen_before, used - used_before + stolen - stolen_before
-            self._share = min(LARGEST, gone / wanted) if wanted > 0 else 0.0
+            self._share = min(LARGEST, max(0.0, gone / wanted)) if wanted > 0 else 0.0
             self._read_s, self._before = now_s, (used, stolen)
         return self._share
 

@@ -28,6 +28,8 @@ def test_the_share_is_that_of_the_last_second_of_wanted_time(tmp_path: Path) -> 
     assert share(13.0) == 0.0, "an idle second"
     write(stat, 1170, 110, 9280, 920)
     assert share(14.0) == LARGEST
+    write(stat, 1270, 110, 9280, 900)
+    assert share(15.0) == 0.0, "a count that went back"
 
 
 @pytest.mark.parametrize("text", [None, "", "cpu  1 2 3 4\n", "cpu a b c d e f g h\n"])
