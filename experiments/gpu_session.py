@@ -55,7 +55,11 @@ def measure(expert: str, both: Sequence[Sequence[str]], left_s: float) -> dict[s
         if status:
             report |= {"ok": False, "failed": command[2], "status": WORDS.get(status, status)}
             break
-        report[command[2]] = json.loads(output.strip().splitlines()[-1])
+        try:
+            report[command[2]] = json.loads(output.strip().splitlines()[-1])
+        except (IndexError, ValueError):  # its calibration or its runs are written all the same
+            report |= {"ok": False, "failed": command[2], "status": "ended without its figures"}
+            break
     report["seconds"] = round(time.monotonic() - began_s, 1)
     return report
 

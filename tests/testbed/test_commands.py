@@ -90,6 +90,14 @@ def test_a_session_stops_what_runs_when_its_time_is_over() -> None:
     assert report[both[0][2]] == {"a": 1}, "what was done before is reported"
 
 
+@pytest.mark.parametrize("said", ["", "no figures"])
+def test_a_command_without_figures_does_not_end_the_session(said: str) -> None:
+    both = [[sys.executable, "-c", f"print({text!r})"] for text in ('{"a": 1}', said)]
+    report = measure("e", both, 60.0)
+    assert (report["ok"], report["status"]) == (False, "ended without its figures")
+    assert report[both[0][2]] == {"a": 1} and report["failed"] == both[1][2]
+
+
 def test_a_load_that_calibrated_may_not_validate() -> None:
     check_loads(LiveConfig(users=[1, 2, 4]), KNOWN)
     with pytest.raises(ConfigError, match=r"users must be loads that did not calibrate.*got \[3\]"):
