@@ -14,12 +14,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from testbed.contention import busy_share
 from testbed.step_log import StepLog
 
-FloatArray = npt.NDArray[np.float64]
 COLUMNS = ("time_s", "gpu", "power_w", "utilisation", "memory_bytes", "energy_j")
 NAN = float("nan")
 AVERAGED_S = 1.0  # what a power reading is the mean of
@@ -150,7 +149,8 @@ def power_model(power: PowerLog | None, log: StepLog) -> dict[str, float]:
         return {}
     idle_w = busy_w = 0.0
     for _, rows in power.frame().groupby("gpu"):
-        watts, share = rows["power_w"].to_numpy(), _busy_share(rows["time_s"].to_numpy(), log)
+        times_s, watts = rows["time_s"].to_numpy(), rows["power_w"].to_numpy()
+        share = busy_share(times_s - AVERAGED_S, times_s, log)
         idle = share == 0.0
         if idle.all() or not idle.any():
             return {}
@@ -158,13 +158,3 @@ def power_model(power: PowerLog | None, log: StepLog) -> dict[str, float]:
         idle_w += own_idle_w
         busy_w += own_idle_w + float((watts - own_idle_w) @ share / (share @ share))
     return {"idle_w": idle_w, "busy_w": busy_w}
-
-
-def _busy_share(times_s: FloatArray, log: StepLog) -> FloatArray:
-    """Share of `AVERAGED_S` before each moment in which steps ran (none overlap); shape as given."""
-    ends_s, periods_s = log.ends_s(), log.periods_s()
-    edges_s = np.stack([ends_s - periods_s, ends_s], axis=1).ravel()
-    ran_s = np.repeat(np.concatenate([[0.0], np.cumsum(periods_s)]), 2)[1:-1]
-    until_s, before_s = (np.interp(moments, edges_s, ran_s) for moments in (times_s, times_s - AVERAGED_S))
-    share: FloatArray = (until_s - before_s) / AVERAGED_S
-    return share
