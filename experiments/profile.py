@@ -51,7 +51,7 @@ from testbed.gateway.settings import GatewaySettings
 from testbed.host_speed import slowness
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
 from testbed.live_settings import read_live
-from testbed.plan import check_common_load, check_plan
+from testbed.plan import ProfilePlan, check_common_load, check_plan
 from testbed.power import IDLE_S, PowerLog, PowerSampler
 from testbed.profile_fit import Profiled, cleared_steps, fit
 from testbed.profiling import Profiler, ProfileRun
@@ -101,18 +101,15 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
     )
     device = read_live(expert.live, expert.precision, name, expert.gpu).device
     began = CpuUse.now()
-    with PowerSampler(gpus=server.spec.gpus) as power:
-        if device == "gpu":
-            time.sleep(IDLE_S)
-        run = asyncio.run(profiler.run(job.plan, expert.engine.max_num_seqs or 512))
+    run, power = _driven(profiler, job.plan, expert.engine.max_num_seqs or 512, device, server.spec.gpus)
     _warn_of_others(name, expert.gpu, began)
     time.sleep(1.0)  # the recorder writes twice a second
     live.check_alive()
     log = read_step_log(server.spec.steps_path)
     check_precision(expert.precision, log.meta.get("quantization"), f"fleet.experts.{name}")
     kept = f"{name}_{expert.precision}_live"
-    calibration = fit(Profiled(expert, kept, log, run, device, job.seed, power.log))
-    _warn_of_power(name, device, calibration, power.log)
+    calibration = fit(Profiled(expert, kept, log, run, device, job.seed, power))
+    _warn_of_power(name, device, calibration, power)
     path = folder / f"{name}.json"
     save(calibration, path)
     if job.install:
@@ -123,6 +120,17 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
     _figure(job, calibration, name, log, run, folder)
     say(f"{name}: {held_out_words(calibration.fit)}, {path}")
     return calibration
+
+
+def _driven(
+    profiler: Profiler, plan: ProfilePlan, max_num_seqs: int, device: str, gpus: Sequence[int]
+) -> tuple[ProfileRun, PowerLog]:
+    """The plan on one server and the power of its GPUs, which rest first, to show what they draw idle."""
+    with PowerSampler(gpus=gpus) as power:
+        if device == "gpu":
+            time.sleep(IDLE_S)
+        run = asyncio.run(profiler.run(plan, max_num_seqs))
+    return run, power.log
 
 
 def _warn_of_others(what: str, gpu: str, began: CpuUse) -> None:

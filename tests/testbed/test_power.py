@@ -9,7 +9,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,13 +22,14 @@ from ersim.results import Gaps
 from ersim.steptime.calibration import CALIBRATION_DIR
 from ersim.steptime.calibration import load as load_calibration
 from experiments import profile
-from experiments.validate import _power
+from experiments.validate import _power, _power_kept
 from testbed.fleet import LiveFleet
 from testbed.measured import power_figures
 from testbed.measured_run import read_power, write_power
+from testbed.plan import ProfilePlan
 from testbed.power import COLUMNS, PowerLog, PowerSampler, power_model
 from testbed.profile_fit import Profiled, fit
-from testbed.profiling import PhaseTimes, ProfileRun
+from testbed.profiling import PhaseTimes, Profiler, ProfileRun
 from testbed.step_log import LoggedStep, StepLog
 
 NAN = float("nan")
@@ -222,6 +223,31 @@ def test_an_interval_and_what_is_read_back(tmp_path: Path) -> None:
     assert read_power(tmp_path / "none") == PowerLog(absent="no NVIDIA GPU")
 
 
+def test_what_was_sampled_is_kept_when_a_measurement_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(Gpu(), gpu := Gpu()))
+    with pytest.raises(KeyboardInterrupt), _power_kept(tmp_path, [1]):
+        while gpu.asked < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert set(read_power(tmp_path).frame()["gpu"]) == {1}
+
+
+def test_the_gpus_of_an_expert_rest_before_it_is_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drives:
+        async def run(self, plan: ProfilePlan, max_num_seqs: int) -> ProfileRun:
+            began_s = time.monotonic()
+            return ProfileRun([PhaseTimes("decode", began_s, began_s, 0, 0)])
+
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(Gpu(), Gpu()))
+    monkeypatch.setattr(profile, "IDLE_S", 0.5)
+    run, power = profile._driven(cast(Profiler, Drives()), ProfilePlan(), 8, "gpu", [1])
+    assert len(power.between(0.0, run.phases[0].start_s).rows) >= 2
+    assert set(power.frame()["gpu"]) == {1}
+    assert not profile._driven(cast(Profiler, Drives()), ProfilePlan(), 8, "cpu", [])[1].rows
+
+
 def test_damaged_power_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     write_power(PowerLog([row(0.0, 0, 90.0)]), tmp_path)
     pd.read_parquet(tmp_path / "power.parquet").drop(columns="gpu").to_parquet(tmp_path / "power.parquet")
@@ -279,6 +305,9 @@ def test_figures_are_of_all_gpus_and_all_stretches() -> None:
         "joules_per_output_token": pytest.approx(4.0),
         "peak_memory_bytes": 20,
     }
+    assert PowerLog([row(0.0, 0, 90.0, 10.0), row(2.0, 0, 90.0, NAN)]).joules() == 180.0, (
+        "not told throughout"
+    )
     assert power_figures([first], 0)["joules_per_output_token"] is None
 
 
