@@ -75,12 +75,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     deadline_s = time.monotonic() + 60 * arguments.minutes
     experts, reports, interrupted = arguments.experts.split(","), [], False
-    while experts and not interrupted and (left_s := deadline_s - time.monotonic()) > 0:
-        expert = experts.pop(0)
-        print(f"== {expert}", file=sys.stderr, flush=True)
-        both = commands(expert, arguments.gpu, arguments.users, overrides)
-        reports.append(measure(expert, both, left_s))
-        interrupted = reports[-1].get("status") == WORDS[INTERRUPTED]
+    try:
+        while experts and not interrupted and (left_s := deadline_s - time.monotonic()) > 0:
+            print(f"== {experts[0]}", file=sys.stderr, flush=True)
+            both = commands(experts[0], arguments.gpu, arguments.users, overrides)
+            reports.append(measure(experts[0], both, left_s))
+            interrupted = reports[-1].get("status") == WORDS[INTERRUPTED]
+            experts.pop(0)
+    except KeyboardInterrupt:  # between two commands
+        interrupted = True
     print(json.dumps({"command": "gpu_session", "experts": reports, "not_reached": experts}))
     if interrupted:
         return INTERRUPTED

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import gpu_session, long_command
 from experiments.long_command import OUT_OF_TIME, run_to_its_end
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,38 @@ def test_status_and_output_of_what_ends_by_itself() -> None:
     assert run_to_its_end([sys.executable, "-c", "import time; time.sleep(60)"], 0.2) == (OUT_OF_TIME, "")
 
 
+def test_who_does_not_stop_in_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_command, "STOP_S", 0.5)
+    code = (
+        "import os, pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    note, began_s = tmp_path / "pid", time.monotonic()
+    assert run_to_its_end([sys.executable, "-c", code, str(note)], 2.0, capture=True) == (OUT_OF_TIME, "")
+    assert time.monotonic() - began_s < 30
+    with pytest.raises(ProcessLookupError):  # no zombie either
+        os.kill(int(note.read_text()), 0)
+
+
+def test_an_interrupt_between_two_commands_is_told_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(expert: str, both: object, left_s: float) -> dict[str, object]:
+        if expert == "b":
+            raise KeyboardInterrupt
+        return {"expert": expert, "ok": True}
+
+    monkeypatch.setattr(gpu_session, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--experts", "a,b,c"])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert gpu_session.main() == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    told = json.loads(capsys.readouterr().out)
+    assert told["experts"] == [{"expert": "a", "ok": True}] and told["not_reached"] == ["b", "c"]
+
+
 @pytest.mark.parametrize(
     ("number", "before"), [(signal.SIGINT, ALERT), (signal.SIGTERM, ALERT), (signal.SIGTERM, DEAF)]
 )
@@ -88,6 +121,9 @@ def test_an_interrupted_session_tells_what_was_done(
     first = [sys.executable, "-c", "print('{\"steps\": 7}')"]
     process = started(before + SESSION % [first, slow(tmp_path)], tmp_path)
     os.killpg(process.pid, number)
+    if number == signal.SIGTERM:  # `timeout` sends it twice
+        time.sleep(0.5)
+        os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert (tmp_path / "stopped").exists() == (before == ALERT)
