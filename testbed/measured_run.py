@@ -105,11 +105,19 @@ def read_record(folder: Path) -> RunRecord:
         file.number("end_s", data["end_s"], start_s),
         file.integer("repeat", data["repeat"]),
         {name: _standing(file, f"standings.{name}", item) for name, item in standings.items()},
-        {name: str(meta.get("vllm_version")) for name, meta in metas.items()},
+        {name: _version(file, name, meta) for name, meta in metas.items()},
         file.texts("calibrations", data["calibrations"]),
         file.mapping("config", data["config"]),
         file.number("foreign_cores", data["foreign_cores"], 0.0),
     )
+
+
+def _version(file: StoredJson, name: str, meta: Mapping[str, Any]) -> str:
+    """The vLLM of one server."""
+    version = meta.get("vllm_version")
+    if not isinstance(version, str) or not version:
+        raise file.bad(f"engines.{name}.vllm_version", "a non-empty string", version)
+    return version
 
 
 def _standing(file: StoredJson, key: str, item: object) -> Standing:

@@ -97,6 +97,7 @@ def test_runs_of_another_version_are_refused_by_every_reader(tmp_path: Path) -> 
         ({"standings": {"a": STANDING | {"wander": 10**400}}}, r"standings\.a\.wander must be .* >= 0"),
         ({"engines": None}, "engines must be an object, got null"),
         ({"engines": {"a": "0.32.0"}}, r"engines\.a must be an object, got '0\.32\.0'"),
+        ({"engines": {"a": {}}}, r"engines\.a\.vllm_version must be a non-empty string, got null"),
         ({"calibrations": []}, "calibrations must be an object"),
         ({"calibrations": {"a": None}}, r"calibrations\.a must be a non-empty string, got null"),
         ({"config": 5}, "config must be an object, got 5"),
