@@ -179,8 +179,15 @@ def _run_once(
 
 
 @contextlib.contextmanager
-def _power_kept(folder: Path, gpus: Sequence[int] = ()) -> Iterator[None]:
-    """Sample these GPUs (all: none) inside, and write what was sampled even when the measurement fails."""
+def _power_kept(folder: Path, gpus: Sequence[int] | None) -> Iterator[None]:
+    """Sample GPUs inside, and write what was sampled even when the measurement fails.
+
+    gpus: see `LiveFleet.gpus`; those of a host whose servers use none are somebody else's.
+    """
+    if gpus is None:
+        write_power(PowerLog(absent="no expert runs on a GPU"), folder)
+        yield
+        return
     with PowerSampler(gpus=gpus) as power:
         try:
             yield

@@ -112,9 +112,11 @@ class LiveFleet:
         return [server for group in self.servers.values() for server in group]
 
     @property
-    def gpus(self) -> list[int]:
-        """Indices of the GPUs that its servers are bound to; none when one of them takes what is there."""
+    def gpus(self) -> list[int] | None:
+        """GPUs that its servers are bound to; [] if one takes what is there, None if none runs on a GPU."""
         bound = [server.spec.gpus for server in self.all_servers if server.spec.live.device == "gpu"]
+        if not bound:
+            return None
         return sorted({index for gpus in bound for index in gpus}) if all(bound) else []
 
     def urls(self) -> dict[str, list[str]]:

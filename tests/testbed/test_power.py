@@ -234,6 +234,15 @@ def test_what_was_sampled_is_kept_when_a_measurement_is_interrupted(
     assert set(read_power(tmp_path).frame()["gpu"]) == {1}
 
 
+def test_the_gpus_of_a_host_whose_experts_use_none_are_not_sampled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(gpu := Gpu()))
+    with _power_kept(tmp_path, None):
+        time.sleep(0.25)
+    assert gpu.asked == 0 and read_power(tmp_path) == PowerLog(absent="no expert runs on a GPU")
+
+
 def test_the_gpus_of_an_expert_rest_before_it_is_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
     class Drives:
         async def run(self, plan: ProfilePlan, max_num_seqs: int) -> ProfileRun:
@@ -276,7 +285,7 @@ def test_a_validation_samples_the_gpus_that_its_fleet_is_bound_to(tmp_path: Path
 
     assert gpus([[3], [1]], [[2]]) == [1, 2, 3]
     assert gpus([]) == [], "alone it takes what is there"
-    assert gpus([[3]], device="cpu") == []
+    assert gpus([[3]], device="cpu") is None
 
 
 def test_energy_is_shared_by_all_tokens_that_arrived() -> None:
