@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,11 +24,29 @@ def test_our_own_processes_are_not_foreign_and_those_of_others_are() -> None:
     own_s, all_s = now.own_s - began.own_s, now.all_s - began.all_s
     assert 0.2 < own_s <= all_s + 0.1, "an ended child's time is its parent's"
     assert now.foreign_cores(began) == pytest.approx((all_s - own_s) / (now.at_s - began.at_s), abs=0.01)
+    below = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURN.format(60.0)!r}])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", below], start_new_session=True
+    )  # as a server's supervisor
+    began = CpuUse.now()
+    time.sleep(1.5)
+    own_s = CpuUse.now().own_s - began.own_s
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert own_s > 0.3, "who runs below a child of ours is ours"
     orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {BURN.format(2.0)!r}])"
     subprocess.run([sys.executable, "-c", orphan], check=True)  # who takes orphans is not us
     began = CpuUse.now()
     time.sleep(1.2)
     assert CpuUse.now().foreign_cores(began) > 0.3
+
+
+def test_time_that_was_idle_or_stolen_is_nobodys_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As psutil names Linux's kinds; guests are counted in user already."""
+    kinds = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice")
+    times = collections.namedtuple("times", kinds)(5.0, 0.25, 2.0, 900.0, 30.0, 0.125, 0.5, 70.0, 3.0, 0.25)
+    monkeypatch.setattr(foreign_work.psutil, "cpu_times", lambda: times)
+    assert CpuUse.now().all_s == 7.875
 
 
 def test_a_disturbed_measurement_is_made_again_at_most_so_often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from testbed.gateway.settings import ExpertEndpoint, GatewaySettings, read_setti
 from testbed.live_settings import read_live
 from testbed.plan import ProfilePlan, check_plan, phases
 from testbed.power import PowerSampler
+from testbed.server_log import exceptions
 from testbed.weightless import llama_config, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +181,13 @@ def test_any_other_refusal_names_the_first_exception_and_shows_the_end(tmp_path:
         server.wait_ready()
     told = str(raised.value).splitlines()[0]
     assert "status 1 (pydantic.ValidationError: 1 validation error Value error, no such thing);" in told
+
+
+def test_what_another_process_logs_does_not_continue_an_exception() -> None:
+    """Two ranks, whose lines alternate; each exception goes on with its own process's next line only."""
+    first, second = (f"(Worker_TP{n} pid={n}) ERROR 11-21 15:39:52 [worker.py:1] " for n in (1, 2))
+    lines = (first, "ValueError: a"), (second, "OSError: b"), (second, "goes on"), ("", "INFO done")
+    assert list(exceptions("\n".join(map("".join, lines)))) == ["ValueError: a", "OSError: b goes on"]
 
 
 def alive(pid: int) -> bool:
