@@ -102,6 +102,7 @@ def test_runs_of_another_version_are_refused_by_every_reader(tmp_path: Path) -> 
         ({"calibrations": {"a": None}}, r"calibrations\.a must be a non-empty string, got null"),
         ({"config": 5}, "config must be an object, got 5"),
         ({"repeat": "0"}, "repeat must be an integer >= 0, got '0'"),
+        ({"repeat": True}, "repeat must be an integer >= 0, got True"),
         ({"start_s": None}, "start_s must be a number, got null"),
         ({"end_s": 2.0}, r"end_s must be a number >= 3, got 2\.0"),
     ],

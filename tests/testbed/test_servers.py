@@ -161,14 +161,15 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 def test_a_refusal_that_is_known_is_one_line_with_its_remedy(tmp_path: Path, cause: str, remedy: str) -> None:
     code = f"import sys\nsys.stderr.write({REFUSED.format(cause=cause)!r})\nsys.exit(1)\n"
     server = ExpertServer(spec(tmp_path, python=fake_vllm(tmp_path, code)))
-    server.spec.log_path.write_text("ValueError: of an earlier start\n")
+    earlier = "OSError: We couldn't connect to 'http://127.0.0.1:8' to load the files\n"
+    server.spec.log_path.write_text(earlier)
     server.start()
     with pytest.raises(ExpertFailed, match=remedy) as raised:
         server.wait_ready()
     assert cause.splitlines()[0].strip() in str(raised.value) and str(server.spec.log_path) in str(
         raised.value
     )
-    assert len(str(raised.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1 and earlier.strip() not in str(raised.value)
 
 
 def test_any_other_refusal_names_the_first_exception_and_shows_the_end(tmp_path: Path) -> None:
@@ -378,6 +379,7 @@ def test_commands_and_environment_follow_the_config(tmp_path: Path) -> None:
     one = spec(tmp_path, cores=[[0]], args=["--seed", 5], env={"X": 1})
     command = server_command(one)
     assert command[command.index("--served-model-name") + 1 :][:2] == ["auto", "e"]
+    assert command[command.index("--distributed-executor-backend") + 1] == "uni"
     assert "--load-format" in command and command[-2:] == ["--seed", "5"]
     environment = server_environment(one, {"PATH": os.environ["PATH"]})
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0" and environment["X"] == "1"
