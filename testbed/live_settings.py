@@ -64,6 +64,7 @@ def read_live(mapping: Mapping[str, Any], precision: str, key: str, gpu: str = "
         if name not in known:
             raise unknown_choice(f"{key}.live", name, known)
     settings = LiveSettings(**{"device": "cpu" if gpu == "cpu" else "gpu", **mapping})
+    _check_kinds(settings, key)
     if settings.quantization is None:
         settings = dataclasses.replace(settings, quantization=DEFAULT_METHOD.get(precision, precision))
     if settings.quantization not in QUANTIZATIONS:
@@ -83,6 +84,30 @@ def read_live(mapping: Mapping[str, Any], precision: str, key: str, gpu: str = "
     if not settings.kv_space_gib > 0:
         raise bad_value(f"{key}.live.kv_space_gib", "> 0", settings.kv_space_gib)
     return settings
+
+
+def _check_kinds(settings: LiveSettings, key: str) -> None:
+    """Raise ConfigError for numbers that are none, and for cores or GPUs that are no lists by replica."""
+    for name, kind in (
+        ("port", int),
+        ("api_servers", int),
+        ("kv_space_gib", float),
+        ("ready_timeout_s", float),
+    ):
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise bad_value(f"{key}.live.{name}", "an integer" if kind is int else "a number", value)
+    for name in ("cores", "gpus"):
+        lists = getattr(settings, name)
+        if not isinstance(lists, list) or not all(isinstance(one, list) and _indices(one) for one in lists):
+            raise bad_value(
+                f"{key}.live.{name}", "a list for each replica or one for all, as [[0, 1]]", lists
+            )
+
+
+def _indices(numbers: list[Any]) -> bool:
+    """Whether all are integers >= 0."""
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def of_replica(lists: list[list[int]], replica: int) -> list[int]:

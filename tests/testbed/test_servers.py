@@ -74,6 +74,28 @@ def test_unknown_and_impossible_live_settings_are_named() -> None:
         read_live({"port": 70000}, "bf16", "e")
 
 
+@pytest.mark.parametrize(
+    ("live", "message"),
+    [
+        (
+            {"cores": [0, 1]},
+            "e.live.cores must be a list for each replica or one for all, as [[0, 1]], got [0, 1]",
+        ),
+        ({"gpus": [0]}, "e.live.gpus must be a list for each replica or one for all, as [[0, 1]], got [0]"),
+        ({"gpus": [[0, -1]]}, "e.live.gpus must be a list"),
+        ({"cores": [["0-3"]]}, "e.live.cores must be a list"),
+        ({"cores": "0,1"}, "e.live.cores must be a list"),
+        ({"port": "http"}, "e.live.port must be an integer, got 'http'"),
+        ({"api_servers": 1.5}, "e.live.api_servers must be an integer, got 1.5"),
+        ({"kv_space_gib": "4GiB"}, "e.live.kv_space_gib must be a number, got '4GiB'"),
+        ({"ready_timeout_s": None}, "e.live.ready_timeout_s must be a number, got None"),
+    ],
+)
+def test_live_settings_of_another_kind_are_named(live: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_live(live, "bf16", "e")
+
+
 def test_a_port_in_use_is_one_clear_message() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
