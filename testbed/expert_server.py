@@ -27,6 +27,9 @@ POLL_S = 0.25
 STOP_TIMEOUT_S = 20.0
 GIB_BYTES = 2**30
 ROOT = Path(__file__).resolve().parents[1]
+SWITCHES = (
+    "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling", "scheduler_reserve_full_isl",
+)  # fmt: skip
 
 
 class ExpertFailed(ErsimError, RuntimeError):
@@ -101,7 +104,7 @@ def check_port(port: int, key: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
-        except OSError:
+        except (OSError, OverflowError):  # the latter above 65535
             raise bad_value(f"{key}.live.port", "a free port (or 0 for any)", port) from None
 
 
@@ -126,7 +129,7 @@ def check_vllm(python: str | None) -> None:
         code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
         try:
             found = subprocess.run([python, "-c", code], check=False, timeout=60).returncode == 0
-        except OSError as error:
+        except (OSError, subprocess.TimeoutExpired) as error:
             raise bad_value("live.python", "an interpreter that runs", python) from error
     if not found:
         raise ConfigError(
@@ -138,6 +141,7 @@ def check_vllm(python: str | None) -> None:
 def engine_arguments(engine: EngineSettings) -> list[str]:
     """vLLM command-line arguments of the settings that differ from None, under vLLM's names."""
     arguments = ["--max-model-len", str(engine.max_model_len), "--scheduling-policy", engine.policy]
+    arguments += ["--watermark", str(engine.watermark), "--kv-cache-dtype", engine.kv_cache_dtype]
     for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
         value = getattr(engine, name)
         if value is not None:
@@ -146,7 +150,7 @@ def engine_arguments(engine: EngineSettings) -> list[str]:
         arguments += ["--long-prefill-token-threshold", str(engine.long_prefill_token_threshold)]
     if engine.kv_blocks is not None:
         arguments += ["--num-gpu-blocks-override", str(engine.kv_blocks)]
-    for name in ("enable_chunked_prefill", "enable_prefix_caching", "async_scheduling"):
+    for name in SWITCHES:
         value = getattr(engine, name)
         if value is not None:
             flag = name.replace("_", "-")
@@ -154,23 +158,20 @@ def engine_arguments(engine: EngineSettings) -> list[str]:
     return arguments
 
 
+def entry_point(spec: ServerSpec) -> list[str]:
+    """The module that serves, and the model: another one where there are several front ends."""
+    if spec.live.api_servers == 1:
+        return ["vllm.entrypoints.openai.api_server", "--model", spec.model]
+    return ["testbed.vllm_serve", "serve", spec.model, "--api-server-count", str(spec.live.api_servers)]
+
+
 def server_command(spec: ServerSpec) -> list[str]:
     """The command line of the server."""
     live = spec.live
-    command = [live.python or sys.executable, "-W", "ignore", "-m"]
-    if live.api_servers > 1:
-        command += ["vllm.entrypoints.cli.main", "serve", spec.model]
-        command += ["--api-server-count", str(live.api_servers)]
-    else:
-        command += ["vllm.entrypoints.openai.api_server", "--model", spec.model]
+    command = [live.python or sys.executable, "-W", "ignore", "-m", *entry_point(spec)]
     command += ["--served-model-name", AUTO_MODEL, spec.expert, "--host", HOST]
-    command += [
-        "--port",
-        str(spec.port),
-        "--tensor-parallel-size",
-        str(spec.tp),
-        "--disable-uvicorn-access-log",
-    ]
+    command += ["--port", str(spec.port), "--tensor-parallel-size", str(spec.tp)]
+    command += ["--disable-uvicorn-access-log"]
     if live.weightless:
         command += ["--load-format", "dummy"]
     if live.tokenizer == "none":
