@@ -42,6 +42,7 @@ from experiments.live_schema import (
 from experiments.live_tracking import failures_logged, log_profile
 from experiments.paths import conf_dir
 from testbed.contention import Contention, fit_contention
+from testbed.expert_server import ServerSpec
 from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
@@ -101,7 +102,7 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
     )
     device = read_live(expert.live, expert.precision, name, expert.gpu).device
     began = CpuUse.now()
-    run, power = _driven(profiler, job.plan, expert.engine.max_num_seqs or 512, device, server.spec.gpus)
+    run, power = _driven(profiler, job.plan, expert.engine.max_num_seqs or 512, device, server.spec)
     _warn_of_others(name, expert.gpu, began)
     time.sleep(1.0)  # the recorder writes twice a second
     live.check_alive()
@@ -123,13 +124,17 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
 
 
 def _driven(
-    profiler: Profiler, plan: ProfilePlan, max_num_seqs: int, device: str, gpus: Sequence[int]
+    profiler: Profiler, plan: ProfilePlan, max_num_seqs: int, device: str, spec: ServerSpec
 ) -> tuple[ProfileRun, PowerLog]:
     """The plan on one server and the power of its GPUs, which rest first, to show what they draw idle."""
-    with PowerSampler(gpus=gpus) as power:
+    with PowerSampler(gpus=spec.gpus) as power:
         if device == "gpu":
             time.sleep(IDLE_S)
         run = asyncio.run(profiler.run(plan, max_num_seqs))
+    sampled = len({row[1] for row in power.log.rows})
+    if device == "gpu" and sampled != spec.tp:  # of others, or not of all: no power of a replica
+        seen = f"{sampled} GPUs were sampled, the server has {spec.tp}; give {spec.key}.live.gpus"
+        return run, PowerLog(absent=power.log.absent or seen)
     return run, power.log
 
 

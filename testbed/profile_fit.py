@@ -32,8 +32,7 @@ class Profiled:
     """One expert's server and what was recorded while it was driven through a plan.
 
     name: of the calibration to make. device: cpu or gpu. seed: of the fit's resampling. power: of the
-    server's GPUs where `live.gpus` says which those are, else of all GPUs of the host; None where none was
-    sampled.
+    server's GPUs, None where none was sampled.
     """
 
     expert: ExpertConfig

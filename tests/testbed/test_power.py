@@ -16,14 +16,16 @@ import pandas as pd
 import pynvml
 import pytest
 
-from ersim.config import ExpertConfig, FleetConfig
+from ersim.config import EngineSettings, ExpertConfig, FleetConfig
 from ersim.errors import DataError
 from ersim.results import Gaps
 from ersim.steptime.calibration import CALIBRATION_DIR
 from ersim.steptime.calibration import load as load_calibration
 from experiments import profile
 from experiments.validate import _power, _power_kept
+from testbed.expert_server import ServerSpec
 from testbed.fleet import LiveFleet
+from testbed.live_settings import read_live
 from testbed.measured import power_figures
 from testbed.measured_run import read_power, write_power
 from testbed.plan import ProfilePlan
@@ -251,10 +253,20 @@ def test_the_gpus_of_an_expert_rest_before_it_is_profiled(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(Gpu(), Gpu()))
     monkeypatch.setattr(profile, "IDLE_S", 0.5)
-    run, power = profile._driven(cast(Profiler, Drives()), ProfilePlan(), 8, "gpu", [1])
+
+    def driven(device: str, gpus: list[int], tp: int = 1) -> tuple[ProfileRun, PowerLog]:
+        live = read_live({"device": device}, "bf16", "e")
+        spec = ServerSpec("e", "e", "m", 1, tp, EngineSettings(), live, Path(), gpus=gpus)
+        return profile._driven(cast(Profiler, Drives()), ProfilePlan(), 8, device, spec)
+
+    run, power = driven("gpu", [1])
     assert len(power.between(0.0, run.phases[0].start_s).rows) >= 2
     assert set(power.frame()["gpu"]) == {1}
-    assert not profile._driven(cast(Profiler, Drives()), ProfilePlan(), 8, "cpu", [])[1].rows
+    assert driven("gpu", [1, 0], tp=2)[1].rows and not driven("cpu", [])[1].absent
+    for gpus, tp, seen in (([], 1, "2 GPUs were sampled, the server has 1"), ([0], 2, "1 GPUs were")):
+        _, power = driven("gpu", gpus, tp)
+        assert not power.rows and power.absent is not None, "of others too, or not of all"
+        assert power.absent.startswith(seen) and power.absent.endswith("give fleet.experts.e.live.gpus")
 
 
 def test_damaged_power_is_one_line_with_the_remedy(tmp_path: Path) -> None:
