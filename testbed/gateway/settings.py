@@ -4,12 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from ersim.errors import ConfigError, DataError, bad_value, unknown_choice
+from ersim.errors import ConfigError, DataError, bad_value
+from ersim.routing.balancers import BALANCERS
+from testbed.gateway.exchange import AUTO_MODELS
+from testbed.gateway.typed import Rule, at_least, build
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LONGEST_S = 1e6  # what every event loop's timers can hold
+
+
+def _trimmed(value: str) -> bool:
+    return bool(value) and value == value.strip()
+
+
+def _base_url(value: str) -> bool:
+    """Whether requests can be sent to paths below it."""
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        return False
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.hostname)
+        and port != 0
+        and value.isascii()
+        and (not (parts.query or parts.fragment or " " in value))
+    )
+
+
+TEXT = Rule("a non-empty string of printable characters without spaces at its ends", _trimmed)
+NAME = Rule(
+    f"{TEXT.must}, and not auto, which is the router",
+    lambda value: _trimmed(value) and value not in AUTO_MODELS,
+)
+URL = Rule("a base URL such as http://127.0.0.1:8000", _base_url)
+URLS = Rule("a list of one or more base URLs such as http://127.0.0.1:8000", bool)
+KEY = Rule(TEXT.must, _trimmed, secret=True)
+KEYS = Rule('a list of keys, each a non-empty string, such as ["first", "second"]', secret=True)
+SECONDS = Rule(f"a number of seconds > 0 and <= {LONGEST_S:g}", lambda value: 0 < value <= LONGEST_S)
+PRICE = Rule("a number >= 0", lambda value: value >= 0)
+PORT = Rule("an integer from 1 to 65535", lambda value: 1 <= value <= 65535)
+EXPERTS = Rule("a list of one or more experts", bool)
+BALANCER = Rule("one of: " + ", ".join(sorted(BALANCERS)), lambda value: value in BALANCERS)
 
 
 @dataclass(frozen=True)
@@ -20,14 +62,14 @@ class ExpertEndpoint:
     upstream_model: the model name its servers expect; None sends the body untouched.
     """
 
-    name: str
-    urls: list[str]
+    name: Annotated[str, NAME]
+    urls: Annotated[list[Annotated[str, URL]], URLS]
     model: str = ""
-    domains: list[str] = field(default_factory=list)
-    slots: int = 1024
-    upstream_model: str | None = None
-    usd_per_mtok_in: float | None = None
-    usd_per_mtok_out: float | None = None
+    domains: list[Annotated[str, TEXT]] = field(default_factory=list)
+    slots: Annotated[int, at_least(1)] = 1024
+    upstream_model: Annotated[str, TEXT] | None = None
+    usd_per_mtok_in: Annotated[float, PRICE] | None = None
+    usd_per_mtok_out: Annotated[float, PRICE] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,72 +82,45 @@ class GatewaySettings:
     api_keys: empty means open. access_log: one JSON line per request.
     """
 
-    experts: list[ExpertEndpoint]
-    policy_path: str
-    host: str = "127.0.0.1"
-    port: int = 8100
-    balancer: str = "least_outstanding"
-    seed: int = 0
-    api_keys: list[str] = field(default_factory=list)
-    queue_limit: int = 256
-    queue_timeout_s: float = 60.0
-    retry_after_s: int = 1
-    attempts: int = 3
+    experts: Annotated[list[ExpertEndpoint], EXPERTS]
+    policy_path: Annotated[str, TEXT]
+    host: Annotated[str, TEXT] = "127.0.0.1"
+    port: Annotated[int, PORT] = 8100
+    balancer: Annotated[str, BALANCER] = "least_outstanding"
+    seed: Annotated[int, at_least(0)] = 0
+    api_keys: Annotated[list[Annotated[str, KEY]], KEYS] = field(default_factory=list)
+    queue_limit: Annotated[int, at_least(0)] = 256
+    queue_timeout_s: Annotated[float, SECONDS] = 60.0
+    retry_after_s: Annotated[int, at_least(0)] = 1
+    attempts: Annotated[int, at_least(1)] = 3
     failover: bool = True
-    connect_timeout_s: float = 2.0
-    first_byte_timeout_s: float = 300.0
-    idle_timeout_s: float = 120.0
-    health_period_s: float = 1.0
-    health_timeout_s: float = 2.0
-    max_body_bytes: int = 32 * 2**20
-    access_log: str | None = None
+    connect_timeout_s: Annotated[float, SECONDS] = 2.0
+    first_byte_timeout_s: Annotated[float, SECONDS] = 300.0
+    idle_timeout_s: Annotated[float, SECONDS] = 120.0
+    health_period_s: Annotated[float, SECONDS] = 1.0
+    health_timeout_s: Annotated[float, SECONDS] = 2.0
+    max_body_bytes: Annotated[int, at_least(1)] = 32 * 2**20
+    access_log: Annotated[str, TEXT] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it is to listen, as a base URL."""
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
 
-def _build(kind: type, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise bad_value(where, "an object", data)
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    for name in data:
-        if name not in fields:
-            raise unknown_choice(f"a key of {where}", name, fields)
-    required = [name for name, item in fields.items() if _required(item)]
-    for name in required:
-        if name not in data:
-            raise ConfigError(f"{where}.{name} is missing; it has no default")
-    return kind(**data)
-
-
-def _required(item: dataclasses.Field[Any]) -> bool:
-    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-
-
-def _above(value: Any, limit: float) -> bool:
-    """Whether it is a number above the limit; a JSON file may hold anything."""
-    return isinstance(value, int | float) and value > limit
+def _checked(data: object) -> GatewaySettings:
+    settings = build(GatewaySettings, data, "gateway")
+    names = [expert.name for expert in settings.experts]
+    if len(set(names)) < len(names):
+        raise bad_value("gateway.experts", "experts of different names", names)
+    if settings.host not in LOOPBACK and not settings.api_keys:
+        raise bad_value("gateway.host", "a loopback address unless api_keys are set", settings.host)
+    return settings
 
 
 def check(settings: GatewaySettings) -> None:
     """Raise ConfigError for values that cannot work."""
-    if not settings.experts:
-        raise bad_value("gateway.experts", "at least one expert", [])
-    for expert in settings.experts:
-        if not expert.urls:
-            raise bad_value(f"gateway.experts.{expert.name}.urls", "at least one URL", [])
-        if not _above(expert.slots, 0):
-            raise bad_value(f"gateway.experts.{expert.name}.slots", ">= 1", expert.slots)
-    names = [expert.name for expert in settings.experts]
-    if len(set(names)) < len(names):
-        raise bad_value("gateway.experts", "experts of different names", names)
-    for name in ("queue_timeout_s", "connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s",
-                 "health_period_s", "health_timeout_s", "attempts", "max_body_bytes"):  # fmt: skip
-        if not _above(getattr(settings, name), 0):
-            raise bad_value(f"gateway.{name}", "> 0", getattr(settings, name))
-    if not _above(settings.queue_limit, -1):
-        raise bad_value("gateway.queue_limit", ">= 0", settings.queue_limit)
-    if not all(settings.api_keys):
-        raise bad_value("gateway.api_keys", "keys that are not empty", settings.api_keys)
-    if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.api_keys:
-        raise bad_value("gateway.host", "a loopback address unless api_keys are set", settings.host)
+    _checked(to_dict(settings))
 
 
 def read_settings(path: Path) -> GatewaySettings:
@@ -113,17 +128,15 @@ def read_settings(path: Path) -> GatewaySettings:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not a whole JSON document ({error.msg}, line {error.lineno})") from error
-    if not isinstance(data, dict) or not isinstance(data.get("experts"), list):
-        raise DataError(f"{path}: must be an object with a list `experts`")
-    experts = [
-        _build(ExpertEndpoint, item, f"gateway.experts[{n}]") for n, item in enumerate(data["experts"])
-    ]
-    settings: GatewaySettings = _build(GatewaySettings, {**data, "experts": experts}, "gateway")
-    check(settings)
-    return settings
+    except (ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
+        raise DataError(f"{path}: not a JSON document that can be read ({error})") from error
+    try:
+        return _checked(data)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({path})") from error
 
 
 def to_dict(settings: GatewaySettings) -> dict[str, Any]:

@@ -438,7 +438,7 @@ async def test_a_setting_that_no_policy_can_have_is_400(make_gateway: Any) -> No
 
 def test_a_public_address_needs_keys() -> None:
     endpoint = ExpertEndpoint("e", ["http://127.0.0.1:1"])
-    with pytest.raises(ConfigError, match="api_keys must be keys that are not empty"):
+    with pytest.raises(ConfigError, match=r"api_keys\[0\] must be a non-empty string"):
         check(GatewaySettings(experts=[endpoint], policy_path="p", host="0.0.0.0", api_keys=[""]))
     with pytest.raises(ConfigError, match="loopback"):
         check(GatewaySettings(experts=[endpoint], policy_path="p", host="0.0.0.0"))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ersim.config import EngineSettings, ExpertConfig, FleetConfig
-from ersim.errors import ConfigError, DataError
+from ersim.errors import ConfigError
 from ersim.routing import ExpertProfile, create_policy
 from ersim.steptime import ModelSpec, load_model
 from testbed.expert_server import (
@@ -34,7 +34,7 @@ from testbed.expert_server import (
 )
 from testbed.fleet import server_specs
 from testbed.gateway.process import GatewayFailed, GatewayProcess
-from testbed.gateway.settings import ExpertEndpoint, GatewaySettings, read_settings
+from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
 from testbed.live_settings import read_live
 from testbed.plan import ProfilePlan, check_plan, phases
 from testbed.power import PowerSampler
@@ -465,36 +465,6 @@ def test_power_is_absent_without_a_gpu_and_says_why() -> None:
     with PowerSampler(0.01) as power:
         time.sleep(0.05)
     assert power.log.rows or power.log.absent
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "not a whole JSON document"),
-        ("{}", "list `experts`"),
-        ('{"experts": [{"name": "a"}], "policy_path": "p"}', "urls is missing"),
-        ('{"experts": [{"name": "a", "urls": ["u"], "x": 1}], "policy_path": "p"}', "must be one of"),
-        ('{"experts": [{"name": "a", "urls": ["u"]}]}', "policy_path is missing"),
-        (
-            '{"experts": [{"name": "a", "urls": ["u"]}], "policy_path": "p", "attempts": 0}',
-            "attempts must be > 0",
-        ),
-        (
-            '{"experts": [{"name": "a", "urls": ["u"]}], "policy_path": "p", "attempts": "3"}',
-            "attempts must be > 0",
-        ),
-        ('{"experts": ["a"], "policy_path": "p"}', r"experts\[0\] must be an object"),
-        (
-            '{"experts": [{"name": "a", "urls": ["u"]}, {"name": "a", "urls": ["v"]}], "policy_path": "p"}',
-            "experts of different names",
-        ),
-    ],
-)
-def test_bad_gateway_settings_name_what_to_fix(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "gateway.json"
-    path.write_text(content)
-    with pytest.raises((ConfigError, DataError), match=message):
-        read_settings(path)
 
 
 def test_a_gateway_that_cannot_start_says_why(tmp_path: Path) -> None:
