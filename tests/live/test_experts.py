@@ -203,3 +203,38 @@ def test_nothing_is_left_running(tmp_path: Path) -> None:
     with pytest.raises(ErsimError, match="no-such-argument"), fleet:
         pass
     assert not any(server.running for server in fleet.all_servers)
+
+
+def test_several_front_ends_serve_one_engine(tmp_path: Path) -> None:
+    """Both processes stand, requests go through with their ids, and one recorder saw all of them."""
+    from ersim.config import EngineSettings, ExpertConfig, FleetConfig
+    from testbed.expert_server import _descendants
+    from testbed.fleet import LiveFleet
+    from testbed.load import LoadSettings, run_load
+    from testbed.prompt_tokens import PromptTokens
+    from testbed.replay import replay
+    from testbed.step_log import read_step_log, request_tag
+
+    settings = EngineSettings(max_model_len=2048, watermark=0.02, scheduler_reserve_full_isl=False)
+    expert = ExpertConfig("llama-36m", "bf16", "cpu", engine=settings, live={"api_servers": 2})
+    with LiveFleet(FleetConfig("wide", experts={"e": expert}), tmp_path) as fleet:
+        server = fleet.servers["e"][0]
+        assert server._process is not None
+        children = _descendants(server._process.pid)
+        names = [Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0].strip() for pid in children]
+        assert sorted(name for name in names if "APIServer" in name) == [
+            "VLLM::APIServer_0",
+            "VLLM::APIServer_1",
+        ]
+        users, prompts = workload(4, 31)
+        load_settings = LoadSettings(server.spec.url, 20, max_duration_s=120, model="e")
+        load = asyncio.run(run_load(users, 4, load_settings, prompts, PromptTokens(32000, 31), "wide"))
+        time.sleep(1.5)
+    assert len(load.records) >= 16 and {record.error for record in load.records} == {None}
+    log = read_step_log(server.spec.steps_path)
+    assert {record.tag for record in load.records} <= {
+        request_tag(request.request_id) for request in log.requests.values()
+    }
+    assert log.meta["watermark"] == 0.02 and log.meta["scheduler_reserve_full_isl"] is False
+    assert replay(log).share == 1.0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children), "a process outlived the server"
