@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ersim.config import EngineSettings
 from ersim.errors import ConfigError, ErsimError, bad_value
-from testbed.live_settings import LiveSettings
+from testbed.live_settings import LiveSettings, check_machine
 from testbed.server_log import explanation, root_cause, tail
 
 HOST = "127.0.0.1"
@@ -237,6 +237,7 @@ class ExpertServer:
 
     def start(self) -> None:
         """Start the process without waiting. Raises ConfigError for what can be seen beforehand."""
+        check_machine(self.spec.live, self.spec.key)
         check_vllm(self.spec.live.python)
         check_model_folder(self.spec.model, self.spec.key)
         check_port(self.spec.port, self.spec.key)

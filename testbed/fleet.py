@@ -43,9 +43,10 @@ def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]
     """One spec per replica, by expert. Raises ConfigError for a `live` mapping that cannot work."""
     specs: dict[str, list[ServerSpec]] = {}
     for name, expert in fleet.experts.items():
-        live = read_live(expert.live, expert.precision, f"fleet.experts.{name}", expert.gpu)
+        key = f"fleet.experts.{name}"
+        live = read_live(expert.live, expert.precision, key, expert.gpu, expert.replicas)
         if live.weightless:
-            check_tensor_parallel(load_model(expert.model), expert.tp, f"fleet.experts.{name}")
+            check_tensor_parallel(load_model(expert.model), expert.tp, key)
         model = model_folder(expert, live, name, folder)
         specs[name] = [
             ServerSpec(

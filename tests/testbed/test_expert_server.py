@@ -13,7 +13,7 @@ import pytest
 from ersim.config import EngineSettings, validate_engine
 from ersim.errors import ConfigError
 from testbed import vllm_serve
-from testbed.expert_server import ServerSpec, check_port, check_vllm, server_command
+from testbed.expert_server import ExpertServer, ServerSpec, check_port, check_vllm, server_command
 from testbed.live_settings import read_live
 
 CHANGED: dict[str, Any] = {
@@ -110,3 +110,10 @@ def test_an_interpreter_that_does_not_answer_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(subprocess, "run", late)
     with pytest.raises(ConfigError, match=r"live\.python must be an interpreter that runs, got '/slow'"):
         check_vllm("/slow")
+
+
+def test_cores_that_are_not_there_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    one = dataclasses.replace(spec(EngineSettings(), cores=[[9999]]), folder=tmp_path / "f")
+    with pytest.raises(ConfigError, match=r"fleet\.experts\.e\.live\.cores must be cores of this machine"):
+        ExpertServer(one).start()
+    assert not one.folder.exists()

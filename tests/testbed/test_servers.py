@@ -74,28 +74,6 @@ def test_unknown_and_impossible_live_settings_are_named() -> None:
         read_live({"port": 70000}, "bf16", "e")
 
 
-@pytest.mark.parametrize(
-    ("live", "message"),
-    [
-        (
-            {"cores": [0, 1]},
-            "e.live.cores must be a list for each replica or one for all, as [[0, 1]], got [0, 1]",
-        ),
-        ({"gpus": [0]}, "e.live.gpus must be a list for each replica or one for all, as [[0, 1]], got [0]"),
-        ({"gpus": [[0, -1]]}, "e.live.gpus must be a list"),
-        ({"cores": [["0-3"]]}, "e.live.cores must be a list"),
-        ({"cores": "0,1"}, "e.live.cores must be a list"),
-        ({"port": "http"}, "e.live.port must be an integer, got 'http'"),
-        ({"api_servers": 1.5}, "e.live.api_servers must be an integer, got 1.5"),
-        ({"kv_space_gib": "4GiB"}, "e.live.kv_space_gib must be a number, got '4GiB'"),
-        ({"ready_timeout_s": None}, "e.live.ready_timeout_s must be a number, got None"),
-    ],
-)
-def test_live_settings_of_another_kind_are_named(live: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        read_live(live, "bf16", "e")
-
-
 def test_a_port_in_use_is_one_clear_message() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -432,6 +410,12 @@ def test_what_ranks_cannot_share_is_said_before_anything_starts(
 ) -> None:
     expert = ExpertConfig(model="llama-36m", gpu="cpu", tp=tp, live={"cores": cores})
     with pytest.raises(ConfigError, match=message):
+        server_specs(FleetConfig("f", experts={"a": expert}), tmp_path)
+
+
+def test_a_port_for_every_replica_is_said_before_anything_starts(tmp_path: Path) -> None:
+    expert = ExpertConfig(model="llama-36m", gpu="cpu", replicas=2, live={"port": 65535})
+    with pytest.raises(ConfigError, match=r"fleet\.experts\.a\.live\.port must be at most 65534"):
         server_specs(FleetConfig("f", experts={"a": expert}), tmp_path)
 
 
