@@ -42,6 +42,7 @@ from experiments.live_schema import (
 from experiments.live_tracking import failures_logged, log_profile
 from experiments.paths import conf_dir
 from testbed.contention import Contention, fit_contention
+from testbed.core_time import stretch
 from testbed.expert_server import ServerSpec
 from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import FleetCalibration, calibration_digests, with_calibrations
@@ -49,14 +50,14 @@ from testbed.fleet_calibration import save as save_fleet
 from testbed.foreign_work import MOST_CORES, CpuUse
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
-from testbed.host_speed import slowness
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
 from testbed.live_settings import read_live
 from testbed.plan import ProfilePlan, check_common_load, check_plan
 from testbed.power import IDLE_S, PowerLog, PowerSampler
 from testbed.profile_fit import Profiled, cleared_steps, fit
 from testbed.profiling import Profiler, ProfileRun
-from testbed.sensitivity import Sensitivity, one_row_share, probe_s
+from testbed.sensitivity import Sensitivity, one_row_share
+from testbed.speed_probe import Probes, UsualProbe, slowness
 from testbed.standing import Standing, check_all, together
 from testbed.step_log import StepLog, read_step_log
 from testbed.waits import extra_waits, gateway_medians, recorded_ways
@@ -249,7 +250,7 @@ def _contention(
     """What common load cost one expert beyond its calibration, its servers' starts and the host's speed."""
     alone = model.step_time()
     slow = _slowed(name, logs[name], standings, model.calibration, alone)
-    steady = probe_s(model.calibration) is None  # a GPU
+    steady = UsualProbe.of(model.calibration) is None  # a GPU
     felt = Sensitivity.of(model.calibration)
     return fit_contention(name, logs, alone, slow, seed, rounds_s, felt, steady)
 
@@ -261,14 +262,15 @@ def _slowed(
     calibration: Calibration,
     alone: StepTime,
 ) -> list[npt.NDArray[np.float64]]:
-    """Factor of the host's speed and of the server's start on each step, by replica."""
+    """Factor of the host's speed, the server's start and stolen time on each step, by replica."""
     found, felt = [], Sensitivity.of(calibration)
     for index, log in enumerate(logs):
         checked = standings.get(replica_name(name, index, len(logs)))
         stands = together([checked] if checked else [])
         told = np.array([alone.step_s(step.batch()) for step in log.steps])
-        slow = slowness(log, probe_s(calibration))
-        found.append(felt.slowed_each(stands.factor * slow, one_row_share(alone, told)))
+        slow = slowness(Probes.of(log), UsualProbe.of(calibration))
+        felt_here = felt.slowed_each(stands.factor * slow, one_row_share(alone, told))
+        found.append(felt_here * stretch(log))
     return found
 
 

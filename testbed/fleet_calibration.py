@@ -17,7 +17,7 @@ from testbed.step_scatter import StepScatter
 from testbed.stored_json import FileKind, StoredJson
 
 FORMAT = "ersim-fleet-calibration"
-VERSION = 6
+VERSION = 7
 FILE = "fleet.json"
 KIND = FileKind(
     "a fleet calibration", FORMAT, VERSION, "profile the fleet again", "make it with ersim-profile fleet=..."

@@ -17,29 +17,34 @@ from ersim.errors import DataError
 from ersim.results import Gaps, check_requests
 from ersim.steptime import Calibration
 from ersim.util.files import write_atomically, write_json
-from testbed.host_speed import SpeedTrace, probes_s, slowness_of
+from testbed.core_time import stretch
+from testbed.host_speed import SpeedTrace
 from testbed.live_run import LiveRun
 from testbed.power import COLUMNS, PowerLog
-from testbed.sensitivity import Sensitivity, probe_s
+from testbed.sensitivity import Sensitivity
+from testbed.speed_probe import Probes, UsualProbe, kind_of, slowness
 from testbed.standing import Standing, together
 from testbed.step_log import StepLog
 from testbed.stored_json import FileKind, StoredJson
 
 FORMAT = "ersim-measured-run"
-VERSION = 2
-"""Of run.json. 1, which said neither, had step-time factors where `Standing.factor` now is a slowness."""
+VERSION = 3
+"""Of run.json. 1, which said neither, had step-time factors where `Standing.factor` now is a slowness; 2 had
+stolen time in the probe."""
 FILE = "run.json"
 KIND = FileKind("the run.json of a measured run", FORMAT, VERSION, "measure it again")
 KEYS = (
     "start_s", "end_s", "users", "repeat", "standings", "unfinished", "engines", "calibrations", "config",
     "foreign_cores",
 )  # fmt: skip
+SPEED_COLUMNS = ("end_s", "period_s", "decode_seqs", "prefill_tokens", "probe_s", "stretch")
 
 
 def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
     """One row per engine step: when, how long, and what ran; times on the run's clock.
 
-    probe_s: median time of the speed probe around the step, NaN where there was none (on GPUs).
+    probe_s: what the speed probe after the step took, NaN where there was none; stretch: factor of stolen
+    time (see `speed_probe`, `core_time`).
     """
     batches = [step.batch() for step in log.steps]
     rows: dict[str, Any] = {
@@ -55,7 +60,8 @@ def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
         "waiting": [step.waiting for step in log.steps],
         "blocks_used": [step.blocks_used for step in log.steps],
         "preempted": [len(step.preempted) for step in log.steps],
-        "probe_s": probes_s(log),
+        "probe_s": Probes.of(log).took_s,
+        "stretch": stretch(log),
     }
     return pd.DataFrame(rows)
 
@@ -179,15 +185,23 @@ def read_speed(
     servers: names of the expert's replicas, whose doubts are independent of each other; those without a
     standing are as their calibration says. Raises DataError when a file is missing or old.
     """
-    steps = pd.concat([_steps(folder / f"steps_{name}.parquet") for name in servers])
+    steps = [_steps(folder / f"steps_{name}.parquet") for name in servers]
+    usual = UsualProbe.of(calibration)
+    slow = [slowness(_probes(frame), usual) for frame in steps]
     stand = [standings.get(name, Standing()) for name in servers]
     factor = float(np.mean([one.factor for one in stand]))
     doubt = float(np.linalg.norm([one.doubt for one in stand])) / len(stand)
     wander = float(np.linalg.norm([one.wander for one in stand])) / len(stand)
     share = float(np.mean([one.share for one in stand]))
     start = SpeedTrace((1.0,), factor, doubt, wander, Sensitivity.of(calibration), share)
-    slow = slowness_of(steps["probe_s"].to_numpy(), probe_s(calibration))
-    return start.with_steps(steps["end_s"].to_numpy(), slow)
+    ends_s, stretches = (np.concatenate([frame[key] for frame in steps]) for key in ("end_s", "stretch"))
+    return start.with_steps(ends_s, np.concatenate(slow), stretches)
+
+
+def _probes(steps: pd.DataFrame) -> Probes:
+    kinds = [*map(kind_of, steps["decode_seqs"].tolist(), steps["prefill_tokens"].tolist())]
+    ends_s, periods_s, took_s = (steps[key].to_numpy() for key in ("end_s", "period_s", "probe_s"))
+    return Probes(ends_s, periods_s, took_s, np.array(kinds, dtype=str))
 
 
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -200,7 +214,7 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 def _steps(path: Path) -> pd.DataFrame:
     try:
-        return _table(path, ["end_s", "probe_s"])
+        return _table(path, SPEED_COLUMNS)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not the steps of a measured run ({error}); measure it again") from error
 

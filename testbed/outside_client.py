@@ -33,11 +33,12 @@ from ersim.config import (
 )
 from ersim.results import Window
 from ersim.workload import build_workload, load_prompt_set
+from testbed.core_time import stretch
 from testbed.fleet import LiveFleet
-from testbed.host_speed import reference_probe_s, slowness
 from testbed.load import LoadSettings, run_load
 from testbed.measured import measured_summary, requests_frame, token_gaps
 from testbed.prompt_tokens import PromptTokens
+from testbed.speed_probe import Probes, UsualProbe, slowness
 from testbed.step_log import read_step_log
 
 METRICS = ("request_throughput", "output_throughput", "median_ttft_ms", "median_tpot_ms", "median_itl_ms",
@@ -96,9 +97,9 @@ def at_speed(figures: Mapping[str, float], slow: float) -> dict[str, float]:
 class Round:
     """Times one client's round and states its figures at the host speed of that time."""
 
-    def __init__(self, steps_path: Path, probe_s: float | None) -> None:
+    def __init__(self, steps_path: Path, usual: UsualProbe | None) -> None:
         self._path = steps_path
-        self.probe_s = probe_s
+        self.usual = usual
 
     def __call__(self, run: Callable[[], dict[str, float]]) -> dict[str, float]:
         start_s = time.monotonic()
@@ -106,9 +107,10 @@ class Round:
         end_s = time.monotonic()
         time.sleep(LOG_DELAY_S)
         log = read_step_log(self._path).between(start_s, end_s)
-        if self.probe_s is None:
-            self.probe_s = reference_probe_s(log)
-        return at_speed(figures, float(np.median(slowness(log, self.probe_s))))
+        probes = Probes.of(log)
+        if self.usual is None:
+            self.usual = UsualProbe.fit(probes)
+        return at_speed(figures, float(np.median(slowness(probes, self.usual) * stretch(log))))
 
 
 def differences(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]) -> dict[str, Any]:

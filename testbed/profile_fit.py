@@ -16,11 +16,13 @@ from ersim.errors import DataError
 from ersim.steptime import Calibration, fit_live_calibration, load_model
 from ersim.steptime.evaluate import PreparedStepTime
 from ersim.types import Batch, StepTime
-from testbed.host_speed import reference_probe_s, slowness
+from testbed.core_time import undisturbed_s
 from testbed.load import RequestRecord
 from testbed.power import PowerLog, power_model
 from testbed.profiling import ProfileRun
-from testbed.sensitivity import KEY, Sensitivity, fit_sensitivity, one_row_share, probe_s
+from testbed.sensitivity import KEY, Sensitivity, fit_sensitivity, one_row_share
+from testbed.speed_probe import KEY as PROBE_KEY
+from testbed.speed_probe import Probes, UsualProbe, slowness
 from testbed.step_log import StepLog, request_tag
 from testbed.weightless import model_shape
 
@@ -45,11 +47,12 @@ class Profiled:
 
 
 def profile_steps(
-    log: StepLog, run: ProfileRun, reference_s: float | None
+    log: StepLog, run: ProfileRun, usual: UsualProbe | None
 ) -> tuple[list[Batch], FloatArray, FloatArray]:
     """Batches of all steps of the plan's phases (warm-up excluded), their seconds, the host's slowness.
 
-    In recorded order. reference_s: what the speed probe takes at slowness 1 (see `testbed.host_speed`).
+    In recorded order; seconds without what others took of the core (see `core_time`). usual: what the speed
+    probe takes at slowness 1.
     """
     spans = [(p.start_s, p.end_s) for p in run.phases if p.skipped is None and p.name != "warmup"]
     inside = np.array(
@@ -61,14 +64,14 @@ def profile_steps(
         raise DataError(
             "the profile recorded no step; did the server run with the recorder (live.record_steps)?"
         )
-    return batches, log.periods_s()[inside], slowness(log, reference_s)[inside]
+    return batches, undisturbed_s(log)[inside], slowness(Probes.of(log), usual)[inside]
 
 
 def cleared_steps(
     log: StepLog, run: ProfileRun, calibration: Calibration, alone: StepTime
 ) -> tuple[list[Batch], FloatArray]:
     """Batches of the plan's steps, and their seconds as they would be at slowness 1, in recorded order."""
-    batches, measured_s, slow = profile_steps(log, run, probe_s(calibration))
+    batches, measured_s, slow = profile_steps(log, run, UsualProbe.of(calibration))
     told_s = np.array([alone.step_s(batch) for batch in batches])
     return batches, measured_s / Sensitivity.of(calibration).slowed_each(slow, one_row_share(alone, told_s))
 
@@ -117,16 +120,16 @@ def fit(profiled: Profiled) -> Calibration:
     Where the host's speed was probed it is fitted twice: to steps cleared of the probe's own slowness, and
     to steps cleared of what they themselves make of it, which the first fit shows (see `sensitivity`).
     """
-    reference_s = reference_probe_s(profiled.log)
-    batches, measured_s, slow = profile_steps(profiled.log, profiled.run, reference_s)
-    first = _calibration(profiled, batches, measured_s / slow, Sensitivity())
-    if reference_s is None:
+    usual = UsualProbe.fit(Probes.of(profiled.log))
+    batches, measured_s, slow = profile_steps(profiled.log, profiled.run, usual)
+    first = _calibration(profiled, batches, measured_s / slow, Sensitivity(), usual)
+    if usual is None:
         return first
     alone = _alone(first)
     told_s = np.array([alone.step_s(batch) for batch in batches])
     share = one_row_share(alone, told_s)
     felt = fit_sensitivity(measured_s, told_s, share, slow)
-    return _calibration(profiled, batches, measured_s / felt.slowed_each(slow, share), felt)
+    return _calibration(profiled, batches, measured_s / felt.slowed_each(slow, share), felt, usual)
 
 
 def _alone(calibration: Calibration) -> StepTime:
@@ -144,7 +147,11 @@ def _alone(calibration: Calibration) -> StepTime:
 
 
 def _calibration(
-    profiled: Profiled, batches: Sequence[Batch], cleared_s: FloatArray, felt: Sensitivity
+    profiled: Profiled,
+    batches: Sequence[Batch],
+    cleared_s: FloatArray,
+    felt: Sensitivity,
+    usual: UsualProbe | None,
 ) -> Calibration:
     """The fit to steps cleared of the host's slowness, seconds."""
     expert, log, run = profiled.expert, profiled.log, profiled.run
@@ -167,7 +174,7 @@ def _calibration(
             "phases": [dataclasses.asdict(phase) for phase in run.phases],
             "requests": len(run.records),
             "recorder_overhead": round(log.record_overhead(), 5),
-            "probe_s": reference_probe_s(log),
+            PROBE_KEY: None if usual is None else dataclasses.asdict(usual),
             KEY: dataclasses.asdict(felt),
             "model_config": {**model_shape(spec), "max_position_embeddings": spec.max_position},
         },

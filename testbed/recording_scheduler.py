@@ -11,7 +11,8 @@ Lines, by their first element:
   "f"  [t, index, status, output tokens, preemptions, block hashes at the end]
   "s"  [n, s0, s1, u0, u1, running, waiting, blocks used, decode rows, their computed tokens summed,
         the largest of these, other rows, preempted indices, prefix hits, tokens out, record cost,
-        CPU seconds of the engine's thread so far, probe seconds or null]
+        CPU seconds of the engine's thread so far, probe seconds or null, stolen share or null,
+        CPU seconds of that thread at s0]
 s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are
 [index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]; decode rows (one
 token, prompt computed) are folded, so that a line does not grow with the batch. Prefix hits are
@@ -81,8 +82,7 @@ class SpeedProbe:
     On a shared host the same step takes half as long again for seconds at a time: other tenants use
     the core's other thread, its caches and its memory. Of the probe's 0.2 ms a third is arithmetic
     in the first cache (a 64 x 64 product), a third reads 512 KiB, a third goes on through 8 MiB. How
-    steps follow it is fitted (see `testbed.sensitivity`). Time stolen from the machine comes in pieces
-    that seldom meet so short a probe: its share of the last second is put on top. At most every 20 ms.
+    steps follow it is fitted (see `testbed.sensitivity`). At most every 20 ms.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,6 @@ class SpeedProbe:
         self._far = random.random(1 << 20)
         self._at = 0
         self._due_s = 0.0
-        self._stolen = StolenShare()
 
     def __call__(self) -> float | None:
         """Seconds that the work takes just now; None when the last time was a moment ago."""
@@ -108,7 +107,15 @@ class SpeedProbe:
         end_s = time.monotonic()
         self._at = (self._at + (1 << 16)) % (1 << 20)
         self._due_s = end_s + PROBE_PERIOD_S
-        return (end_s - start_s) / (1.0 - self._stolen(end_s))
+        return end_s - start_s
+
+
+def _computes_in_one_thread(config: Any) -> bool:
+    """Whether the engine's own thread does all of a step's work, so that its CPU time is the step's."""
+    from vllm.platforms import current_platform
+
+    one_thread = os.environ.get("OMP_NUM_THREADS") == "1"
+    return one_thread and current_platform.is_cpu() and config.parallel_config.world_size == 1
 
 
 def _meta(scheduler: Any) -> dict[str, Any]:
@@ -117,11 +124,12 @@ def _meta(scheduler: Any) -> dict[str, Any]:
     settings, cache = scheduler.scheduler_config, scheduler.cache_config
     model = scheduler.vllm_config.model_config
     return {
-        "format": 1,
+        "format": 2,
         "vllm_version": vllm.__version__,
         "scheduler": type(scheduler).__name__,
         "monotonic_s": time.monotonic(),
         "epoch_s": time.time(),
+        "one_thread": _computes_in_one_thread(scheduler.vllm_config),
         "async_scheduling": bool(settings.async_scheduling),
         "max_num_seqs": scheduler.max_num_running_reqs,
         "max_num_batched_tokens": scheduler.max_num_scheduled_tokens,
@@ -149,7 +157,10 @@ class RecordingMixin:
         self._added = 0
         self._index: dict[str, int] = {}
         self._in_flight: deque[list[Any]] = deque()
-        self._probe = SpeedProbe() if os.environ.get("ERSIM_SPEED_PROBE") == "1" else None
+        self._cpu_starts: deque[float] = deque()
+        probed = os.environ.get("ERSIM_SPEED_PROBE") == "1"
+        self._probe = SpeedProbe() if probed else None
+        self._stolen = StolenShare() if probed else None
         self._log.put(("m", _meta(self)))
 
     def add_request(self, request: Any) -> None:
@@ -171,9 +182,10 @@ class RecordingMixin:
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        s0 = time.monotonic()
+        s0, cpu_start = time.monotonic(), time.thread_time()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         s1 = time.monotonic()
+        self._cpu_starts.append(cpu_start)
         self._in_flight.append(self._describe(output, s0, s1))
         self._in_flight[-1].append(time.monotonic() - s1)
         self._steps += 1
@@ -209,7 +221,12 @@ class RecordingMixin:
         record = self._in_flight.popleft()  # first in, first out: outputs come in schedule order
         record[4], record[5] = u0, u1
         record[15] = sum(len(out.new_token_ids) for core in result.values() for out in core.outputs)
-        record += (time.thread_time(), self._probe() if self._probe is not None else None)
+        record += (
+            time.thread_time(),
+            None if self._probe is None else self._probe(),
+            None if self._stolen is None else round(self._stolen(u1), 4),
+            self._cpu_starts.popleft(),
+        )
         record[16] += time.monotonic() - u1
         self._log.put(tuple(record))
         return result

@@ -98,22 +98,6 @@ class Sensitivity:
             raise DataError(f"calibration {calibration.name}: {KEY}: {error}; profile again") from error
 
 
-def probe_s(calibration: Calibration) -> float | None:
-    """What the speed probe took at slowness 1, seconds; None where nothing was probed.
-
-    Raises DataError for a calibration that says what no probe can have taken.
-    """
-    found = calibration.provenance.get("probe_s")
-    if found is None:
-        return None
-    if not isinstance(found, int | float) or isinstance(found, bool) or not 0.0 < found < float("inf"):
-        raise DataError(
-            f"calibration {calibration.name}: provenance.probe_s must be a number > 0, got {found!r}; "
-            "profile again"
-        )
-    return float(found)
-
-
 def one_row_share(alone: StepTime, told_s: FloatArray) -> FloatArray:
     """Share of each step that a step of one row takes too, at most 1, shape (steps,)."""
     share: FloatArray = np.minimum(1.0, alone.step_s(ONE_ROW) / told_s)

@@ -33,7 +33,8 @@ from testbed.foreign_work import TRIES, undisturbed
 from testbed.plan import ProfilePlan
 from testbed.profile_fit import profile_steps
 from testbed.profiling import Profiler, ProfileRun
-from testbed.sensitivity import Sensitivity, one_row_share, probe_s
+from testbed.sensitivity import Sensitivity, one_row_share
+from testbed.speed_probe import UsualProbe
 from testbed.step_log import StepLog, read_step_log
 
 CHECK = ProfilePlan(
@@ -118,7 +119,7 @@ def check_standing(
         run = asyncio.run(profiler.run(plan, max(plan.decode_batches)))
         time.sleep(FLUSH_S)
         log = read_step_log(server.spec.steps_path).between(began_s, time.monotonic())
-        return standing(log, run, alone, probe_s(calibration), Sensitivity.of(calibration))
+        return standing(log, run, alone, UsualProbe.of(calibration), Sensitivity.of(calibration))
 
     return undisturbed(check, f"{server.spec.name} alone", say)[0]
 
@@ -164,15 +165,14 @@ def standing(
     log: StepLog,
     run: ProfileRun,
     alone: StepTime,
-    reference_s: float | None = None,
+    usual: UsualProbe | None = None,
     sensitivity: Sensitivity | None = None,
 ) -> Standing:
     """The standing that a check's steps show. Raises DataError when it recorded none.
 
     A check of which one phase is left (requests failed) is as doubtful as none.
 
-    reference_s: what the probe takes at slowness 1; None where nothing is probed. sensitivity: of the
-    calibration.
+    usual: what the probe takes at slowness 1; None where nothing is probed. sensitivity: of the calibration.
     """
     felt = sensitivity or Sensitivity()
     ratios, shares = [], []
@@ -180,7 +180,7 @@ def standing(
         if phase.name == "warmup" or phase.skipped is not None:
             continue
         try:
-            batches, measured_s, slow = profile_steps(log, ProfileRun([phase]), reference_s)
+            batches, measured_s, slow = profile_steps(log, ProfileRun([phase]), usual)
         except DataError:  # a phase without steps; none at all is an error below
             continue
         told_s = np.array([alone.step_s(batch) for batch in batches])

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from ersim.errors import DataError
 from ersim.types import Batch
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""1 said nothing of stolen time and of CPU seconds at a step's start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,9 @@ class StepRow:
 class LoggedStep:
     """One engine step that ran something; times are monotonic seconds.
 
-    cpu_s: CPU seconds of the engine's thread until this step's end; probe_s: what the speed probe
-    took then (see `recording_scheduler.SpeedProbe`). None where they were not recorded.
+    cpu_s, cpu_start_s: CPU seconds of the engine's thread until this step's end and its schedule_s; probe_s:
+    what the speed probe took then (see `recording_scheduler.SpeedProbe`); stolen_share: of the last second
+    (see `stolen_time`). None where they were not recorded.
     """
 
     number: int
@@ -60,6 +62,8 @@ class LoggedStep:
     record_cost_s: float
     cpu_s: float | None = None
     probe_s: float | None = None
+    stolen_share: float | None = None
+    cpu_start_s: float | None = None
 
     def batch(self) -> Batch:
         """The step as the step-time models see it."""
@@ -171,7 +175,7 @@ def _step(record: Sequence[Any]) -> LoggedStep:
         tuple(StepRow(*row) for row in record[12]),
         tuple(record[13]),
         tuple((index, tokens) for index, tokens in record[14]),
-        *record[15:19],
+        *record[15:21],
     ]
     return LoggedStep(*values)
 
@@ -201,9 +205,10 @@ def read_step_log(path: Path) -> StepLog:
     for record in _parse_lines(path):
         kind = record[0]
         if kind == "m":
-            if record[1].get("format") != FORMAT:
+            if record[1].get("format") not in FORMATS:
+                known = " or ".join(map(str, FORMATS))
                 raise DataError(
-                    f"{path}: format must be {FORMAT}, got {record[1].get('format')!r}; record it again"
+                    f"{path}: format must be {known}, got {record[1].get('format')!r}; record it again"
                 )
             meta, steps, requests = record[1], [], {}  # a server that was started again counts anew
         elif kind == "a":

@@ -1,8 +1,8 @@
 """Time that a virtual machine's processes wanted and did not get, since the host gave it to others.
 
 Linux counts it where the hypervisor tells (`steal` in /proc/stat); nothing in the machine can be blamed for
-it or sees it as load. On the machine that our live figures come from it came and went within minutes. A
-step is stretched by it as by a slower core.
+it or sees it as load. On the machine that our live figures come from it came and went within minutes. It
+stretches a step, whatever that step does (see `core_time`).
 """
 
 from __future__ import annotations

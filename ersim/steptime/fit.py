@@ -29,7 +29,10 @@ HELD_OUT_FRACTION = 0.25
 BLOCK_STEPS = 20  # consecutive steps resemble each other: hold out and resample them together
 BOOTSTRAPS = 200
 OUTLIER_RATIO = 5.0  # a step this many times its prediction was interrupted (garbage collection, a stall)
-TOKEN_KNOTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKEN_KNOTS = (
+    0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,
+    4096, 6144, 8192,
+)  # fmt: skip
 SEQUENCE_KNOTS = (0, 16, 64, 256)
 
 

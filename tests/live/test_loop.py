@@ -39,7 +39,8 @@ def test_the_loop_leaves_calibrations_runs_and_figures(loop: tuple[Path, dict[st
         assert (folder / name).stat().st_size > 0, name
     for tag in ("u1r0", "u1r1", "u4r0", "u4r1"):
         assert len(pd.read_parquet(folder / "runs" / tag / "requests.parquet")) > 0
-        assert len(pd.read_parquet(folder / "runs" / tag / "steps_large.parquet")) > 0
+        steps = pd.read_parquet(folder / "runs" / tag / "steps_large.parquet")
+        assert len(steps) > 0 and (steps["stretch"] >= 1.0).all() and steps["probe_s"].notna().any()
 
 
 def test_recorded_steps_replay_through_the_engine(loop: tuple[Path, dict[str, object]]) -> None:

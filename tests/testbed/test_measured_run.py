@@ -64,7 +64,7 @@ def test_a_written_run_is_read_again(tmp_path: Path) -> None:
 
 
 def test_runs_of_another_version_are_refused_by_every_reader(tmp_path: Path) -> None:
-    refused = r"run\.json: not the run\.json of a measured run .*format 'ersim-measured-run' version 2, got "
+    refused = r"run\.json: not the run\.json of a measured run .*format 'ersim-measured-run' version 3, got "
     old = {key: value for key, value in RUN.items() if key not in ("format", "version", "calibrations")}
     (tmp_path / "run.json").write_text(json.dumps(old))
     for read in (read_span_s, read_record):
@@ -73,7 +73,7 @@ def test_runs_of_another_version_are_refused_by_every_reader(tmp_path: Path) -> 
     for read_all in (read_standings, read_versions):
         with pytest.raises(DataError, match=refused):
             read_all([tmp_path])
-    for changes in ({"version": 1}, {"version": 3}, {"version": True}, {"format": "ersim-step-log"}):
+    for changes in ({"version": 1}, {"version": 4}, {"version": True}, {"format": "ersim-step-log"}):
         with pytest.raises(DataError, match=refused):
             read_record(stored(tmp_path, **changes))
 

@@ -21,8 +21,8 @@ from testbed.sensitivity import (
     Sensitivity,
     fit_sensitivity,
     one_row_share,
-    probe_s,
 )
+from testbed.speed_probe import UsualProbe
 from testbed.step_log import LoggedStep, StepLog
 
 
@@ -93,9 +93,9 @@ def test_the_share_of_a_step_of_one_row_is_at_most_all_of_it() -> None:
 
 def test_a_calibration_tells_what_its_profile_found() -> None:
     known = load(sorted(CALIBRATION_DIR.rglob("*.json"))[0])
-    assert Sensitivity.of(known) == Sensitivity() and probe_s(known) is None, "no live profile"
-    live = dataclasses.replace(known, provenance={"probe_s": 2e-4, KEY: {"plain": 0.8, "reads": 0.4}})
-    assert Sensitivity.of(live) == Sensitivity(0.8, 0.4) and probe_s(live) == 2e-4
+    assert Sensitivity.of(known) == Sensitivity(), "no live profile"
+    live = dataclasses.replace(known, provenance={KEY: {"plain": 0.8, "reads": 0.4}})
+    assert Sensitivity.of(live) == Sensitivity(0.8, 0.4)
     for wrong in (
         {"plain": -0.1},
         {"reads": "much"},
@@ -108,14 +108,6 @@ def test_a_calibration_tells_what_its_profile_found() -> None:
     ):
         with pytest.raises(DataError, match=f"{KEY}: .*; profile again"):
             Sensitivity.of(dataclasses.replace(known, provenance={KEY: wrong}))
-
-
-@pytest.mark.parametrize("value", [0, 0.0, -2e-4, float("nan"), float("inf"), "2e-4", True, []])
-def test_a_probe_that_took_no_time_is_refused(value: object) -> None:
-    known = load(sorted(CALIBRATION_DIR.rglob("*.json"))[0])
-    wrong = dataclasses.replace(known, provenance={"probe_s": value})
-    with pytest.raises(DataError, match=r"provenance\.probe_s must be a number > 0, got .*; profile again"):
-        probe_s(wrong)
 
 
 def profiled(plain: float, reads: float, probed: bool = True) -> tuple[StepLog, ProfileRun]:
@@ -153,8 +145,7 @@ def test_a_profile_is_fitted_to_what_steps_take_on_a_steady_host() -> None:
     assert found.fit["held_out_mape"] < 0.03
     alone = _alone(found)
     batches, cleared = cleared_steps(log, run, found, alone)
-    reference = probe_s(found)
-    assert reference is not None
+    assert UsualProbe.of(found) is not None
     at_reference = np.array([alone.step_s(batch) for batch in batches])
     assert np.median(np.abs(cleared / at_reference - 1)) < 0.03
 
@@ -163,5 +154,5 @@ def test_a_profile_without_probes_is_fitted_once_and_as_it_is() -> None:
     log, run = profiled(0.8, 0.6, probed=False)
     expert = ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu")
     found = fit(Profiled(expert, "tiny", log, run, "cpu", 0))
-    assert Sensitivity.of(found) == Sensitivity() and probe_s(found) is None
+    assert Sensitivity.of(found) == Sensitivity() and UsualProbe.of(found) is None
     assert found.fit["held_out_mape"] < 0.01

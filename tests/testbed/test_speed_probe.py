@@ -1,47 +1,116 @@
-"""What the recorder's probe notes of the host: the time of its work, and what was stolen meanwhile."""
+"""The speed probe: slow moments told from slow steps, whatever the step before it left in the caches."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
-from typing import Any
+import dataclasses
 
 import numpy as np
 import pytest
 
+from ersim.errors import DataError
+from ersim.steptime import load
+from ersim.steptime.calibration import CALIBRATION_DIR
+from testbed.speed_probe import KEY, MORE, PREFILL, Probes, UsualProbe, kind_of, slowness
+from testbed.step_log import LoggedStep, StepLog, StepRow
 
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The recorder's module on top of stand-ins for the two schedulers of vLLM."""
-    for name, scheduler in (("async_scheduler", "AsyncScheduler"), ("scheduler", "Scheduler")):
-        module = types.ModuleType(f"vllm.v1.core.sched.{name}")
-        setattr(module, scheduler, type(scheduler, (), {}))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    for name in ("vllm", "vllm.v1", "vllm.v1.core", "vllm.v1.core.sched"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.delitem(sys.modules, "testbed.recording_scheduler", raising=False)
-    yield importlib.import_module("testbed.recording_scheduler")
-    sys.modules.pop("testbed.recording_scheduler", None)
+PROBE_S = 0.0002
 
 
-def test_stolen_time_is_put_on_top_of_the_probe(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work of 0.2 ms while a fifth of the wanted time was stolen is 0.25 ms; the next one is 20 ms later."""
-    readings = iter([10.0, 10.0002, 10.0201, 10.0203, 10.0205])
-    monkeypatch.setattr(recorder, "time", types.SimpleNamespace(monotonic=lambda: next(readings)))
-    asked: list[float] = []
-    probe = recorder.SpeedProbe()
-    probe._stolen = lambda now_s: asked.append(now_s) or 0.2
-    assert probe() == pytest.approx(0.00025)
-    assert probe() is None and asked == [10.0002]
-    assert probe() == pytest.approx(0.00025)
+def log_of(
+    factors: list[float],
+    probed: bool = True,
+    rows: list[int] | None = None,
+    after: dict[str, float] | None = None,
+) -> StepLog:
+    """Back-to-back steps of 20 ms at speed 1, each `factor` times as long, probed after every step.
+
+    rows: decoded by each; 0 makes it a step of prefill. after: factor on the probe by kind of step.
+    """
+    steps, clock = [], 0.0
+    for number, factor in enumerate(factors):
+        end, decoded = clock + 0.02 * factor, 1 if rows is None else rows[number]
+        prefill = () if decoded else (StepRow(number, 64, 0, 64, 64),)
+        plain = LoggedStep(
+            number, clock, clock + 1e-4, end - 1e-4, end, 1, 0, 1, decoded, 9, 9, prefill, (), (), 1, 1e-5
+        )
+        probe_s = PROBE_S * factor * (after or {}).get(kind_of(decoded, 0 if decoded else 64), 1.0)
+        steps.append(dataclasses.replace(plain, probe_s=probe_s) if probed else plain)
+        clock = end
+    return StepLog({"async_scheduling": False}, steps, {})
 
 
-def test_the_probe_goes_through_all_of_its_memory(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "PROBE_PERIOD_S", 0.0)
-    probe = recorder.SpeedProbe()
-    places = []
-    for _ in range(17):
-        places.append(probe._at)
-        assert probe() > 0.0
-    assert places[:2] == [0, 1 << 16] and len(np.unique(places)) == 16 and places[16] == 0
+def test_a_host_that_slows_down_is_told_from_slow_steps() -> None:
+    log = log_of([1.0] * 100 + [1.5] * 60)
+    usual = UsualProbe.fit(Probes.of(log))
+    assert usual is not None and usual.seconds == pytest.approx(PROBE_S)
+    cleared = log.periods_s() / slowness(Probes.of(log), usual)
+    away_from_the_change = np.r_[cleared[:70], cleared[130:]]
+    np.testing.assert_allclose(away_from_the_change, 0.02, rtol=1e-6)
+
+
+def test_one_disturbed_probe_changes_nothing() -> None:
+    log = log_of([1.0] * 50)
+    steps = list(log.steps)
+    steps[20] = dataclasses.replace(steps[20], probe_s=50 * PROBE_S)
+    found = slowness(Probes.of(StepLog(log.meta, steps, {})), UsualProbe(PROBE_S, {"1": 1.0}))
+    np.testing.assert_allclose(found, 1.0)
+
+
+def test_without_probes_the_host_is_as_it_was() -> None:
+    probes = Probes.of(log_of([1.0, 2.0, 1.0], probed=False))
+    assert UsualProbe.fit(probes) is None
+    np.testing.assert_array_equal(slowness(probes, None), np.ones(3))
+    np.testing.assert_array_equal(slowness(probes, UsualProbe(PROBE_S, {})), np.ones(3))
+
+
+def test_what_steps_leave_in_the_caches_is_not_the_host() -> None:
+    rng = np.random.default_rng(1)
+    after = {"2": 0.95, PREFILL: 1.06}
+    rows = rng.choice([0, 1, 2, 8], size=1200, p=[0.1, 0.4, 0.3, 0.2]).tolist()
+    host = np.repeat(np.exp(0.15 * rng.standard_normal(6)), 200)
+    usual = UsualProbe.fit(Probes.of(log_of(host.tolist(), rows=rows, after=after)))
+    assert usual is not None and set(usual.after) == {PREFILL, "1", "2", MORE}
+    for kind, factor in (*after.items(), ("1", 1.0), (MORE, 1.0)):
+        assert usual.after[kind] / usual.after["1"] == pytest.approx(factor, abs=0.01)
+    only_two_rows = log_of([1.0] * 200, rows=[2] * 200, after=after)
+    slow = slowness(
+        Probes.of(only_two_rows), dataclasses.replace(usual, seconds=PROBE_S * usual.after["1"] ** -1)
+    )
+    np.testing.assert_allclose(slow, 1.0, atol=0.012, err_msg="a phase of steps that leave the caches warm")
+
+
+def test_few_probes_of_a_kind_say_little() -> None:
+    log = log_of([1.0] * 100, rows=[1] * 98 + [0] * 2, after={PREFILL: 2.0})
+    usual = UsualProbe.fit(Probes.of(log))
+    assert usual is not None and 1.0 < usual.after[PREFILL] < 1.2
+
+
+def test_kinds_of_steps() -> None:
+    assert [kind_of(*case) for case in ((1, 0), (4, 0), (5, 0), (400, 0), (3, 7), (0, 512))] == [
+        "1", "4", MORE, MORE, PREFILL, PREFILL,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"seconds": 0, "after": {}},
+        {"seconds": -2e-4, "after": {}},
+        {"seconds": float("nan"), "after": {}},
+        {"seconds": "2e-4", "after": {}},
+        {"seconds": True, "after": {}},
+        {"seconds": 2e-4, "after": {"1": 0.0}},
+        {"seconds": 2e-4, "after": {"1": None}},
+        {"seconds": 2e-4, "after": [1.0]},
+        {"seconds": 2e-4},
+        2e-4,
+        [],
+    ],
+)
+def test_a_calibration_with_times_that_no_probe_takes_is_refused(stored: object) -> None:
+    known = load(sorted(CALIBRATION_DIR.rglob("*.json"))[0])
+    assert UsualProbe.of(known) is None, "no live profile"
+    sound = dataclasses.replace(known, provenance={KEY: {"seconds": 2e-4, "after": {"1": 1.01}}})
+    assert UsualProbe.of(sound) == UsualProbe(2e-4, {"1": 1.01})
+    with pytest.raises(DataError, match=rf"provenance\.{KEY} must be .* got .*; profile again"):
+        UsualProbe.of(dataclasses.replace(known, provenance={KEY: stored}))

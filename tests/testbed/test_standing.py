@@ -25,6 +25,8 @@ from testbed.measured_run import FORMAT, VERSION, read_span_s, read_speed, read_
 from testbed.plan import check_plan, phases
 from testbed.profiling import PhaseTimes, ProfileRun
 from testbed.sensitivity import KEY, Sensitivity
+from testbed.speed_probe import KEY as PROBE_KEY
+from testbed.speed_probe import UsualProbe
 from testbed.standing import (
     CHECK,
     LEAST_DOUBT,
@@ -88,10 +90,10 @@ def test_the_factor_is_measured_over_calibrated_and_stalls_do_not_count() -> Non
 
 def test_a_host_that_was_slow_during_the_check_is_not_the_start() -> None:
     log = log_of(np.full(200, 0.0125), probe_s=0.00025)
-    stands = standing(log, phases_of(log, 1), Fixed(), reference_s=0.0002)
+    stands = standing(log, phases_of(log, 1), Fixed(), UsualProbe(0.0002, {}))
     assert stands.factor == pytest.approx(1.0)
     felt = Sensitivity(1.0, 0.5)  # every step is one of one row here
-    stands = standing(log, phases_of(log, 1), Fixed(), 0.0002, felt)
+    stands = standing(log, phases_of(log, 1), Fixed(), UsualProbe(0.0002, {}), felt)
     assert stands.factor == pytest.approx(1.25 ** (-0.5 / 1.5))
     assert felt.slowed(1.25 * stands.factor, 1.0) == pytest.approx(1.25), "both together make the steps"
 
@@ -157,7 +159,8 @@ def test_the_check_is_a_plan_like_any_other_and_short() -> None:
 
 def calibration(probe_s: float | None) -> Calibration:
     """As far as the host is concerned."""
-    host = {"probe_s": probe_s, KEY: {"plain": 1.0, "reads": 0.5}}
+    usual = None if probe_s is None else {"seconds": probe_s, "after": {}}
+    host = {PROBE_KEY: usual, KEY: {"plain": 1.0, "reads": 0.5}}
     return dataclasses.replace(load(sorted(CALIBRATION_DIR.rglob("*.json"))[0]), provenance=host)
 
 

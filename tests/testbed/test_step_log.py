@@ -107,7 +107,7 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
         read_step_log(empty)
     old = tmp_path / "old.jsonl"
     old.write_text(json.dumps(["m", {"format": 99}]) + "\n")
-    with pytest.raises(DataError, match="format must be 1, got 99"):
+    with pytest.raises(DataError, match="format must be 1 or 2, got 99"):
         read_step_log(old)
 
 

@@ -39,7 +39,7 @@ from testbed.measured_run import VERSION as RUN_VERSION
 from testbed.measured_run import read_versions
 from testbed.pooled import answered
 from testbed.predict import predict_once
-from testbed.step_log import FORMAT
+from testbed.step_log import FORMATS
 
 SUMMARY = {"output_throughput": 100.0, "median_tpot_ms": 20.0, "per_expert": {"a": {"share": 1.0}}}
 
@@ -100,7 +100,7 @@ def test_requests_without_an_answer_are_counted_in_all_repeats() -> None:
 
 def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_load(tmp_path: Path) -> None:
     log = tmp_path / "a.steps.jsonl"
-    log.write_text(json.dumps(["m", {"format": FORMAT, "vllm_version": "0.32.0"}]) + "\n")
+    log.write_text(json.dumps(["m", {"format": FORMATS[-1], "vllm_version": "0.32.0"}]) + "\n")
     versions = {"a": logged_version(log)}
     check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.32.0"))
     with pytest.raises(ConfigError, match=r"a runs vLLM 0\.32\.0, its calibration was made with 0\.19\.0"):

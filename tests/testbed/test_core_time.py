@@ -1,0 +1,64 @@
+"""What was taken from a step's thread: seen by its own CPU time, or by the machine's stolen share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from testbed.core_time import LEAST_SHARE, MOST_OWN, stretch, undisturbed_s
+from testbed.step_log import LoggedStep, StepLog
+
+STEP_S = 0.02
+
+
+def log_of(taken_s: list[float], one_thread: bool = True, stolen: float | None = 0.0) -> StepLog:
+    """Steps of 20 ms of work, from whose thread `taken_s` was taken; the third follows a pause of 1 s."""
+    steps, clock, cpu = [], 5.0, 100.0
+    for number, taken in enumerate(taken_s):
+        if number == 2:
+            clock, cpu = clock + 1.0, cpu + 0.3  # while idle the thread asked for work
+        start, end, began = clock, clock + STEP_S + taken, cpu
+        cpu += STEP_S
+        steps.append(
+            LoggedStep(
+                number + (number >= 2), start, start, end, end, 1, 0, 1, 1, 9, 9, (), (), (), 1, 1e-5, cpu,
+                None, stolen, began,
+            )
+        )  # fmt: skip
+        clock = end
+    return StepLog({"async_scheduling": False, "one_thread": one_thread}, steps, {})
+
+
+def test_a_thread_knows_what_it_had_in_each_step() -> None:
+    log = log_of([0.0, 0.01, 0.0, 0.03, 0.3], stolen=0.34 / 0.44)
+    np.testing.assert_allclose(undisturbed_s(log), STEP_S, rtol=1e-9)
+    np.testing.assert_allclose(log.periods_s(), [0.02, 0.03, 0.02, 0.05, 0.32])
+
+
+def test_what_nobody_stole_is_the_front_ends() -> None:
+    """1 % of the time in one step of ten, of which the machine knows nothing; more than 2 % nobody has."""
+    taken = [0.0] * 9 + [0.002]
+    np.testing.assert_allclose(undisturbed_s(log_of(taken)), STEP_S * 1.01)
+    np.testing.assert_allclose(undisturbed_s(log_of([10 * one for one in taken])), STEP_S * (1.0 + MOST_OWN))
+
+
+def test_a_kernel_that_counts_stolen_time_as_the_threads_is_no_harm() -> None:
+    log = log_of([0.0] * 4, stolen=0.2)
+    np.testing.assert_allclose(undisturbed_s(log), 0.8 * STEP_S)
+
+
+def test_a_stall_leaves_a_step_some_time() -> None:
+    log = log_of([0.0, 9.98], stolen=0.9)
+    assert undisturbed_s(log)[1] == pytest.approx(LEAST_SHARE * 10.0 * (1.0 + MOST_OWN))
+
+
+def test_many_threads_are_told_by_what_was_stolen_from_the_machine() -> None:
+    log = log_of([0.02] * 4, one_thread=False, stolen=0.5)
+    np.testing.assert_allclose(stretch(log), 2.0)
+    np.testing.assert_allclose(undisturbed_s(log), STEP_S)
+
+
+def test_logs_without_either_are_as_they_are() -> None:
+    log = log_of([0.01] * 3, one_thread=False, stolen=None)
+    np.testing.assert_allclose(stretch(log), 1.0)
+    np.testing.assert_allclose(undisturbed_s(log), log.periods_s())
