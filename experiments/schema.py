@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ersim.config import SimulationConfig
 from ersim.errors import ConfigError
+from experiments.names import check_names
 
 
 @dataclass
@@ -51,6 +52,7 @@ def register() -> None:
 
 def to_run(config: DictConfig) -> RunConfig:
     """The composed config as typed objects. Raises ConfigError that names the key at fault."""
+    check_names(config)
     try:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
