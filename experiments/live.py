@@ -33,7 +33,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def main() -> int:
     """Run both commands; the last line printed is the validation's JSON. Returns the first bad status."""
     arguments = sys.argv[1:]
-    if not any(argument.startswith("fleet=") for argument in arguments):
+    if not any(argument.startswith(("fleet=", "expert=")) for argument in arguments):
         arguments = ["fleet=live_cpu", *arguments]
     began_s = time.monotonic()
     profile, validate = split_arguments(arguments)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -25,10 +26,10 @@ from ersim.config import (
     SimulationConfig,
     UncertaintyConfig,
     WorkloadConfig,
-    validate_expert,
-    validate_workload,
 )
 from ersim.errors import ConfigError, ErsimError, bad_value
+from experiments.live_check import check_live
+from experiments.names import check_names
 from experiments.schema import TrackingConfig
 from testbed.plan import ProfilePlan
 
@@ -81,28 +82,34 @@ def list_overrides(arguments: list[str]) -> list[str]:
 
 
 def to_live(config: DictConfig) -> LiveConfig:
-    """The composed config as typed, checked objects. Raises ConfigError naming the key at fault."""
+    """The composed config as typed objects, checked (see `check_live`). Raises ConfigError naming the key."""
+    check_names(config)
     try:
         job: LiveConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key} cannot be used: {str(error).splitlines()[0]}") from error
     if job.expert is not None:
+        check_one_of(HydraConfig.get().overrides.task)
         name = HydraConfig.get().runtime.choices.get("expert") or "expert"
         job = dataclasses.replace(job, fleet=FleetConfig(name=name, experts={name: job.expert}))
     if job.fleet is None or not job.fleet.experts:
         raise bad_value("fleet", "chosen (fleet=live_cpu), or an expert (expert=tiny_bf16)", None)
-    for name, expert in job.fleet.experts.items():
-        validate_expert(expert, f"fleet.experts.{name}")
-    validate_workload(job.workload)
-    if not job.users or min(job.users) < 1 or len(set(job.users)) < len(job.users):
-        raise bad_value("users", "one or more loads >= 1, each given once", list(job.users))
-    for name in ("repeats", "replications"):
-        if getattr(job, name) < 1:
-            raise bad_value(name, ">= 1", getattr(job, name))
-    if not 0 <= job.warmup_s < job.seconds:
-        raise bad_value("warmup_s", f"in [0, seconds={job.seconds:g})", job.warmup_s)
+    if job.folder is not None:
+        job.folder = os.path.expanduser(job.folder)
+    check_live(job, simulation(job, job.fleet, 1), home(job))
     return job
+
+
+def check_one_of(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a fleet chosen or changed beside an expert: only the expert would be measured."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0].partition("@")[0] == "fleet" and override != "fleet=null":
+            raise ConfigError(
+                f"{override} has no effect beside expert=...: leave one of them out (what concerns the "
+                "expert is expert.gpu=..., expert.engine....)"
+            )
 
 
 def simulation(job: LiveConfig, fleet: FleetConfig, users: int) -> SimulationConfig:

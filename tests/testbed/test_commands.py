@@ -139,8 +139,11 @@ def test_fleet_calibrations_round_trip_and_damage_is_named(tmp_path: Path) -> No
         (("experiments.validate", "folder=nowhere"), "ersim-profile"),
         (
             ("experiments.validate", "expert=tiny_bf16", "+expert.live.prot=1", "folder=nowhere"),
-            "ersim-profile",
+            "fleet.experts.tiny_bf16.live must be one of",
         ),
+        (("experiments.validate", "expert=tiny_bf16", "fleet=live_cpu"), "fleet=live_cpu has no effect"),
+        (("experiments.profile", "expert=tiny_bf16", "+expert.engine.bogus=1"), "engine.bogus is not known"),
+        (("experiments.profile", "expert=tiny_bf16", "expert.gpu=h200"), "gpu must be one of: a10,"),
     ],
 )
 def test_bad_input_is_one_message_and_a_status(arguments: tuple[str, ...], message: str) -> None:

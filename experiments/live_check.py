@@ -1,0 +1,90 @@
+"""All that can be known to be wrong with a live job before a server starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ersim.config import ExpertConfig, SimulationConfig, validate
+from ersim.errors import ConfigError, bad_value, unknown_choice
+from ersim.routing import build_balancer, build_policy, create_policy, split_prompts
+from ersim.routing.build import SAVED
+from ersim.routing.policy import ExpertProfile
+from ersim.steptime import load_gpu, load_model
+from ersim.steptime.expert import load_prices
+from ersim.steptime.specs import CONF_DIR
+from ersim.types import ExpertState
+from ersim.workload import load_prompt_set
+from testbed.live_settings import check_machine, read_live
+
+if TYPE_CHECKING:
+    from experiments.live_schema import LiveConfig
+
+CPU = "cpu"  # an expert's `gpu` where it has none
+
+
+def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
+    """Raise ConfigError or DataError for what neither measuring nor simulating could make use of.
+
+    config: the job's simulation at any load. folder: where its files will lie. What a fitted policy says of
+    an expert's price is seen only with the expert's calibration.
+    """
+    if not job.users or min(job.users) < 1 or len(set(job.users)) < len(job.users):
+        raise bad_value("users", "one or more loads >= 1, each given once", list(job.users))
+    for name in ("repeats", "replications"):
+        if getattr(job, name) < 1:
+            raise bad_value(name, ">= 1", getattr(job, name))
+    if not 0 < job.seconds < math.inf:
+        raise bad_value("seconds", "a number of seconds > 0", job.seconds)
+    if not 0 <= job.warmup_s < job.seconds:
+        raise bad_value("warmup_s", f"in [0, seconds={job.seconds:g})", job.warmup_s)
+    validate(config)
+    for name, expert in config.fleet.experts.items():
+        _check_expert(expert, f"fleet.experts.{name}", job.measure)
+    _check_router(config)
+    check_folder(folder)
+
+
+def _check_expert(expert: ExpertConfig, key: str, measure: bool) -> None:
+    """Names of its model and GPU, and its `live` mapping; if it is to be measured, on this machine."""
+    load_model(expert.model)
+    if expert.gpu != CPU:
+        gpus = [file.stem for file in (CONF_DIR / "gpu").glob("*.yaml")]
+        if expert.gpu not in gpus:
+            raise unknown_choice(f"{key}.gpu", expert.gpu, [CPU, *gpus])
+        load_gpu(expert.gpu)
+    live = read_live(expert.live, expert.precision, key, expert.gpu, expert.replicas)
+    if live.device == "gpu" and expert.gpu == CPU:
+        raise bad_value(f"{key}.gpu", "the name of its GPU where live.device is gpu", expert.gpu)
+    if not measure:
+        return
+    if not live.record_steps:
+        raise bad_value(f"{key}.live.record_steps", "true: profiles and validations read the steps", False)
+    check_machine(live, key)
+
+
+def _check_router(config: SimulationConfig) -> None:
+    """Policy and balancer; the policy is fitted too, where no price is known that it could count with."""
+    router, experts = config.router, config.fleet.experts
+    build_balancer(router.balancer, config.seed)
+    prompts = load_prompt_set(config.workload.prompts).prompts
+    states = [
+        ExpertState(name, expert.model, tuple(expert.domains), (), 1) for name, expert in experts.items()
+    ]
+    if any(expert.usd_per_gpu_hour is not None or expert.gpu in load_prices() for expert in experts.values()):
+        if router.policy_path is None and router.policy != SAVED:
+            create_policy(router.policy, [ExpertProfile.of(state) for state in states], router.params)
+        return
+    train, _ = split_prompts(prompts, router.train_fraction, config.seed)
+    build_policy(router, states, [prompts[index] for index in train], config.seed)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder that cannot be made, or that cannot be written into."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ConfigError(f"folder={folder} cannot be made: {there} is a file; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"folder={folder} cannot be written: {there} is not open to you; choose another")
