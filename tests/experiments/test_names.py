@@ -47,7 +47,7 @@ def test_both_kinds_of_command_refuse_it() -> None:
     schema.register()
     live_schema.register()
     with initialize_config_dir(CONF, version_base="1.3"):
-        with pytest.raises(ConfigError, match="^bogus is not known"):
+        with pytest.raises(ConfigError, match=r"^bogus is not known"):
             schema.to_run(compose("config", overrides=["+bogus=1"]))
-        with pytest.raises(ConfigError, match="^bogus is not known"):
+        with pytest.raises(ConfigError, match=r"^bogus is not known"):
             live_schema.to_live(compose("live/validate", overrides=["+bogus=1"]))
