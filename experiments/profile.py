@@ -100,6 +100,7 @@ def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Ca
         job.workload,
         job.seed,
         lambda text: say(f"{name}: {text}"),
+        live.check_alive,
     )
     device = read_live(expert.live, expert.precision, name, expert.gpu).device
     began = CpuUse.now()

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ersim.config import PromptSetConfig, WorkloadConfig
 from ersim.types import Request
 from ersim.workload import build_workload, load_prompt_set
+from testbed.expert_server import ExpertFailed
 from testbed.load import Client, LoadResult, LoadRun, LoadSettings, RequestRecord
 from testbed.plan import Burst, ClosedLoop, Phase, ProfilePlan, phases
 from testbed.prompt_tokens import PromptTokens
@@ -48,12 +49,23 @@ class ProfileRun:
         return [record.error for record in self.records if record.error][:3]
 
 
+def check_answered(run: ProfileRun) -> None:
+    """Raise ExpertFailed when not a single request of a profile was answered."""
+    if any(record.error is None for record in run.records):
+        return
+    seen = "; ".join(dict.fromkeys(run.failures)) or "none ended in time; raise plan.seconds"
+    raise ExpertFailed(f"no request of {len(run.records)} of the profile was answered: {seen}")
+
+
 class Profiler:
-    """Puts a plan's phases on one server, directly (no gateway)."""
+    """Puts a plan's phases on one server, directly (no gateway).
+
+    check_alive: called after each phase; raises when the server has ended.
+    """
 
     def __init__(
         self, url: str, model: str, vocab_size: int, workload: WorkloadConfig, seed: int,
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str], None] | None = None, check_alive: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self._settings = LoadSettings(url, UNBOUNDED, model=model)
         self._tokens = PromptTokens(vocab_size, seed)
@@ -62,10 +74,14 @@ class Profiler:
         )
         self._seed = seed
         self._say = say or (lambda text: None)
+        self._check_alive = check_alive or (lambda: None)
         self._next_id = UNBOUNDED  # apart from the ids of the closed loops
 
     async def run(self, plan: ProfilePlan, max_num_seqs: int) -> ProfileRun:
-        """All phases, one after the other, until the plan's seconds are over."""
+        """All phases, one after the other, until the plan's seconds are over.
+
+        Raises ExpertFailed once a phase has ended and no request so far was answered, or none in the end.
+        """
         result = ProfileRun()
         deadline = time.monotonic() + plan.seconds
         for number, phase in enumerate(phases(plan, max_num_seqs)):
@@ -78,6 +94,10 @@ class Profiler:
             result.phases.append(PhaseTimes(phase.name, now, time.monotonic(), len(records), failed))
             result.records += records
             self._say(f"{phase.name}: {len(records)} requests, {failed} failed")
+            self._check_alive()
+            if result.records:
+                check_answered(result)
+        check_answered(result)
         return result
 
     async def _phase(self, phase: Phase, left_s: float, seed: int) -> list[RequestRecord]:
@@ -101,10 +121,12 @@ class Profiler:
                 records.append(await client.send(request))
 
         tasks = [asyncio.create_task(worker()) for _ in range(phase.at_once)]
-        _, pending = await asyncio.wait(tasks, timeout=left_s)
+        _, pending = await asyncio.wait(tasks, timeout=left_s, return_when=asyncio.FIRST_EXCEPTION)
         for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(ended, Exception):  # ours; what a server does wrong is in its record
+                raise ended
         return records
 
     async def _closed(self, client: Client, phase: ClosedLoop, left_s: float, seed: int) -> LoadResult:
