@@ -3,7 +3,8 @@
 It computes nothing, so that what is measured is the gateway. Never used to predict or validate.
 ``python -m testbed.stub_upstream PORT`` serves; answers hold `max_tokens` one-token events, spaced
 by `pace_s` of the body (0 by default), and `fail` of the body asks for a fault: "500", "cut". A stub whose
-`refuses` is a status answers every completion with it while its health stays good.
+`refuses` is a status answers every completion with it while its health stays good; with `kv_used` set its
+`/metrics` tells that share as vLLM does, without it has none, and `ill` is the status of its health.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ class Stub:
         self.bodies: list[bytes] = []
         self.keep_bodies = False
         self.refuses: int | None = None
+        self.kv_used: float | None = None
+        self.metrics_read = 0
+        self.ill: int | None = None
 
     def app(self) -> web.Application:
         """The aiohttp application."""
@@ -37,11 +41,20 @@ class Stub:
         app.router.add_post("/v1/completions", self.complete)
         app.router.add_post("/v1/chat/completions", self.complete)
         app.router.add_get("/health", self.health)
+        app.router.add_get("/metrics", self.metrics)
         return app
 
     async def health(self, request: web.Request) -> web.Response:
-        """Always well."""
-        return web.Response()
+        """Well, unless it is to be ill."""
+        return web.Response(status=self.ill or 200)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """The share of KV blocks in use, where it is known."""
+        self.metrics_read += 1
+        if self.kv_used is None:
+            raise web.HTTPNotFound
+        gauge = f'vllm:kv_cache_usage_perc{{engine="0",model_name="a b"}} {self.kv_used}'
+        return web.Response(text=f"# TYPE vllm:kv_cache_usage_perc gauge\n{gauge}\n")
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """Answer with a stream, or with one JSON document."""

@@ -15,6 +15,7 @@ AUTO_MODELS = ("", "auto")
 class Exchange:
     """Times are monotonic seconds, None for what did not happen.
 
+    path: of the request, which the log shows; target: with its query, as the expert is to get it.
     received: the whole request is read; routed: the policy has decided; submitted: the attempt that
     answered was sent; first_in, first_out: first body bytes from upstream, and handed to the client;
     last_in, last_out: the same of the last ones.
@@ -22,6 +23,7 @@ class Exchange:
 
     request_id: str
     path: str
+    target: str
     raw: bytes
     body: Mapping[str, Any]
     query: RoutingQuery

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from testbed.gateway.upstreams import Fleet
 
 FINE_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # the text format that `generate_latest` writes
 COARSE_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -16,13 +18,15 @@ class Metrics:
     def __init__(self, fleet: Fleet) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "ersim_requests_total", "Requests ended, by expert and HTTP status", ["expert", "status"],
-            registry=self.registry,
+            "ersim_requests_total",
+            "Requests ended, by expert (none: refused before one was chosen) and HTTP status (0: the client "
+            "left before an answer began)",
+            ["expert", "status"], registry=self.registry,
         )  # fmt: skip
         self.errors = Counter(
             "ersim_errors_total",
             "Failures by expert and kind: connect, timeout, upstream_status, mid_stream, client_gone, "
-            "queue_full, no_replica",
+            "queue_full, no_replica, policy, internal",
             ["expert", "kind"],
             registry=self.registry,
         )

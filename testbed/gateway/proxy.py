@@ -10,35 +10,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
-from typing import Any
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
 
 from ersim.errors import ErsimError
 from ersim.routing import NoHealthyReplica, Policy
 from ersim.types import Decision
 from testbed.gateway.exchange import Exchange
 from testbed.gateway.metrics import Metrics
+from testbed.gateway.refusal import Unanswered, header_text
 from testbed.gateway.settings import GatewaySettings
 from testbed.gateway.upstreams import FAILS_DOWN, Expert, Fleet, QueueFull, Replica
 
+LOG = logging.getLogger(__name__)
 HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
      "transfer-encoding", "upgrade", "host", "content-length", "expect")
 )  # fmt: skip
 CLIENTS_OWN = ("Accept", "Accept-Encoding", "User-Agent")  # the client's, or none: never the gateway's
 FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
-
-
-class Unanswered(Exception):
-    """No answer could be begun; carries the status for the client and the kind for the metrics."""
-
-    def __init__(self, status: int, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.kind = kind
 
 
 class BrokenAttempt(Exception):
@@ -66,10 +61,7 @@ class Proxy:
         """Set the exchange's expert: the one asked for by name, or the policy's choice."""
         begin = time.perf_counter()
         if exchange.automatic:
-            try:
-                decision = self._policy.route(exchange.query, self._fleet.state_left(exchange.tried))
-            except ErsimError as error:
-                raise Unanswered(503, "no_replica", str(error)) from error
+            decision = self._routed(exchange)
         elif exchange.wanted in self._fleet.by_name:
             decision = Decision(self._fleet.by_name[exchange.wanted], "asked for by name")
         else:
@@ -80,6 +72,21 @@ class Proxy:
         exchange.routing_s += took_s
         exchange.expert, exchange.reason = decision.expert, decision.reason
         self._metrics.routing_s.labels(self._fleet.experts[decision.expert].name).observe(took_s)
+
+    def _routed(self, exchange: Exchange) -> Decision:
+        """The policy's choice; it may be anybody's code, so whatever it raises ends this request alone."""
+        try:
+            decision = self._policy.route(exchange.query, self._fleet.state_left(exchange.tried))
+            expert, reason = int(decision.expert), str(decision.reason)
+            if not 0 <= expert < len(self._fleet.experts):
+                raise IndexError(f"expert {expert} of {len(self._fleet.experts)}")
+        except ErsimError as error:
+            raise Unanswered(503, "no_replica", str(error)) from error
+        except Exception as error:
+            LOG.exception("policy %s failed on request %r", self._policy.name, exchange.request_id)
+            why = f"policy {self._policy.name} failed ({type(error).__name__}); the gateway's log says where"
+            raise Unanswered(500, "policy", why) from error
+        return Decision(expert, reason)
 
     async def answer(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
         """The whole life of one request. Raises Unanswered while nothing has been sent."""
@@ -166,11 +173,13 @@ class Proxy:
                 replica.in_flight -= 1
         raise last or BrokenAttempt("no_replica", "no attempt was left")
 
-    def _upstream_headers(self, request: web.Request, exchange: Exchange) -> dict[str, str]:
+    def _upstream_headers(self, request: web.Request, exchange: Exchange) -> CIMultiDict[str]:
         dropped = HOP_BY_HOP | {"content-encoding"}  # the body was decoded when it was read
         if self._settings.api_keys:
             dropped |= {"authorization"}
-        headers = {key: value for key, value in request.headers.items() if key.lower() not in dropped}
+        headers = CIMultiDict(
+            (key, value) for key, value in request.headers.items() if key.lower() not in dropped
+        )
         headers["X-Request-Id"] = exchange.request_id
         return headers
 
@@ -190,10 +199,11 @@ class Proxy:
             async with asyncio.timeout(self._settings.first_byte_timeout_s) as limit:
                 exchange.submitted_s = time.monotonic()
                 async with self._session.post(
-                    replica.url + exchange.path,
+                    URL(replica.url + exchange.target, encoded=True),
                     data=self._payload(exchange, expert),
                     headers=self._upstream_headers(request, exchange),
                     skip_auto_headers=CLIENTS_OWN,
+                    allow_redirects=False,
                 ) as upstream:
                     data = await self._first_bytes(upstream)
                     limit.reschedule(loop.time() + self._settings.idle_timeout_s)
@@ -269,14 +279,3 @@ class Proxy:
         if request.transport is not None:
             request.transport.abort()
         return response
-
-
-def header_text(text: str) -> str:
-    """One line of printable ASCII, at most 200 characters: safe as a header's value."""
-    return "".join(char if " " <= char <= "~" else "?" for char in text)[:200]
-
-
-def error_body(status: int, message: str) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    return {"error": {"message": message, "type": kind, "code": status}}

@@ -11,13 +11,18 @@ import aiohttp
 
 from ersim.routing import Balancer, build_balancer
 from ersim.types import ExpertState, FleetState, ReplicaState
+from testbed.gateway.kv_share import KvShare, kv_share
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
 
 FAILS_DOWN = 3  # probes in a row that must fail by time-out; a refused connection counts as all of them
+PLAIN = {"Accept-Encoding": "identity"}  # the session leaves answers as they come
 
 
 class Replica:
-    """One upstream server; satisfies `ersim.types.ReplicaState`."""
+    """One upstream server; satisfies `ersim.types.ReplicaState`.
+
+    healthy: whether requests may be sent; so it is until a probe fails. seen: a probe has succeeded.
+    """
 
     def __init__(self, expert: str, index: int, url: str, slots: int) -> None:
         self.expert = expert
@@ -25,8 +30,9 @@ class Replica:
         self.url = url.rstrip("/")
         self.slots = slots
         self.in_flight = 0
-        self.kv_used_fraction = 0.0
+        self.kv = KvShare(slots)
         self.healthy = True
+        self.seen = False
         self.fails = 0  # consecutive failed health probes
 
     @property
@@ -39,15 +45,33 @@ class Replica:
         """Requests under way beyond that."""
         return max(0, self.in_flight - self.slots)
 
+    @property
+    def kv_used_fraction(self) -> float:
+        """Share of KV blocks in use; once it has been looked at, the health watch keeps it up to date."""
+        return self.kv.estimate(self.running)
+
 
 @dataclass(frozen=True, slots=True)
 class TriedReplica:
     """A replica as a request sees it that has tried it in vain: as loaded as it is, and not healthy."""
 
-    running: int
-    waiting: int
-    kv_used_fraction: float
+    replica: Replica
     healthy: bool = False
+
+    @property
+    def running(self) -> int:
+        """As of the replica."""
+        return self.replica.running
+
+    @property
+    def waiting(self) -> int:
+        """As of the replica."""
+        return self.replica.waiting
+
+    @property
+    def kv_used_fraction(self) -> float:
+        """As of the replica."""
+        return self.replica.kv_used_fraction
 
 
 class SlotQueue:
@@ -82,6 +106,9 @@ class Expert:
         self.name = endpoint.name
         share = max(1, endpoint.slots // len(endpoint.urls))
         self.replicas = [Replica(self.name, i, url, share) for i, url in enumerate(endpoint.urls)]
+        build_balancer(settings.balancer, seed).pick(
+            self.replicas
+        )  # marks what such a one looks at as wanted
         self.balancer: Balancer = build_balancer(settings.balancer, seed)
         self._free = endpoint.slots
         self._queue_limit = settings.queue_limit
@@ -97,6 +124,11 @@ class Expert:
     def healthy(self) -> bool:
         """Whether any replica accepts requests."""
         return any(replica.healthy for replica in self.replicas)
+
+    @property
+    def ready(self) -> bool:
+        """Whether any of them is known to, by a probe."""
+        return any(replica.healthy and replica.seen for replica in self.replicas)
 
     async def take_slot(self) -> None:
         """Wait for a slot in order of arrival. Raises QueueFull when the queue is, or on time-out."""
@@ -154,9 +186,7 @@ class Fleet:
     def replicas_left(self, expert: int, tried: Collection[tuple[int, int]]) -> Sequence[ReplicaState]:
         """An expert's replicas for a request that has `tried` some (expert, replica) in vain."""
         return [
-            TriedReplica(one.running, one.waiting, one.kv_used_fraction)
-            if (expert, one.index) in tried
-            else one
+            TriedReplica(one) if (expert, one.index) in tried else one
             for one in self.experts[expert].replicas
         ]
 
@@ -178,15 +208,35 @@ class Fleet:
             await asyncio.sleep(self._settings.health_period_s)
 
     async def _probe(self, session: aiohttp.ClientSession, replica: Replica) -> None:
+        probes = [self._probe_health(session, replica)]
+        if replica.kv.wanted:
+            probes.append(self._probe_kv(session, replica))
+        await asyncio.gather(*probes)
+
+    async def _probe_health(self, session: aiohttp.ClientSession, replica: Replica) -> None:
         timeout = aiohttp.ClientTimeout(total=self._settings.health_timeout_s)
         try:
-            async with session.get(f"{replica.url}/health", timeout=timeout) as answer:
+            async with session.get(f"{replica.url}/health", timeout=timeout, allow_redirects=False) as answer:
                 replica.fails = 0 if answer.status == 200 else replica.fails + 1
+                replica.seen = replica.seen or answer.status == 200
         except TimeoutError:
             replica.fails += 1  # a busy server may be slow to answer: believe it only when it repeats
         except (aiohttp.ClientError, OSError):
             replica.fails = FAILS_DOWN
         replica.healthy = replica.fails < FAILS_DOWN
+
+    async def _probe_kv(self, session: aiohttp.ClientSession, replica: Replica) -> None:
+        """Read the replica's KV share; who does not tell it keeps the last one, or none."""
+        timeout = aiohttp.ClientTimeout(total=self._settings.health_timeout_s)
+        try:
+            async with session.get(
+                f"{replica.url}/metrics", timeout=timeout, headers=PLAIN, allow_redirects=False
+            ) as answer:
+                share = kv_share(await answer.read()) if answer.status == 200 else None
+        except (aiohttp.ClientError, OSError):  # of which a time-out is one
+            return
+        if share is not None:
+            replica.kv.set(share, replica.running)
 
 
 def _expert_state(expert: Expert) -> ExpertState:

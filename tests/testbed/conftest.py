@@ -50,7 +50,7 @@ def port_of(runner: web.AppRunner) -> int:
 async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """Factory: `await make_gateway(experts=2, policy=name_or_fitted, **settings)`; experts are e0, e1 ...
 
-    replicas: so many of each expert, one when None.
+    replicas: so many of each expert, one when None. urls: other servers than stubs, one for each expert.
     """
     async with AsyncExitStack() as stack:
 
@@ -59,6 +59,7 @@ async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             policy: str | Policy = "round_robin",
             slots: int = 64,
             replicas: Sequence[int] | None = None,
+            urls: Sequence[str] | None = None,
             **options: Any,
         ) -> Setup:
             owners = [f"e{i}" for i, count in enumerate(replicas or [1] * experts) for _ in range(count)]
@@ -75,10 +76,12 @@ async def make_gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
 
             for index in range(len(stubs)):
                 await start(index)
-            urls: dict[str, list[str]] = {}
-            for owner, port in zip(owners, ports, strict=True):
-                urls.setdefault(owner, []).append(f"http://127.0.0.1:{port}")
-            endpoints = [ExpertEndpoint(owner, its, slots=slots) for owner, its in urls.items()]
+            places: dict[str, list[str]] = {}
+            for owner, url in zip(
+                owners, urls or [f"http://127.0.0.1:{port}" for port in ports], strict=True
+            ):
+                places.setdefault(owner, []).append(url)
+            endpoints = [ExpertEndpoint(owner, its, slots=slots) for owner, its in places.items()]
             path = tmp_path / "policy.bin"
             if isinstance(policy, str):
                 policy = create_policy(policy, [ExpertProfile(e.name, "m") for e in endpoints], {})

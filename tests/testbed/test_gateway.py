@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -14,10 +15,13 @@ import aiohttp
 import pytest
 
 from ersim.errors import ConfigError
+from ersim.routing import ExpertProfile, Policy
+from ersim.types import Decision, FleetState, RoutingQuery
 from testbed.gateway.app import KEEP_IDLE_S
+from testbed.gateway.kv_share import KvShare, kv_share
 from testbed.gateway.query import routing_query
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings, check
-from testbed.gateway.upstreams import Expert
+from testbed.gateway.upstreams import Expert, Fleet
 from testbed.stub_upstream import _event
 
 BODY: dict[str, Any] = {"model": "auto", "prompt": "w5 w6", "max_tokens": 5, "stream": True}
@@ -396,15 +400,22 @@ async def test_metrics_and_models(make_gateway: Any) -> None:
     setup = await make_gateway()
     for _ in range(4):
         await post(setup, BODY)
+    under_way = asyncio.create_task(post(setup, {**BODY, "model": "e1", "pace_s": 0.1}))
+    await asyncio.sleep(0.2)
     async with setup.session.get(setup.url + "/metrics") as answer:
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         text = await answer.text()
+    await under_way
+    assert 'ersim_in_flight{expert="e0"} 0.0' in text and 'ersim_in_flight{expert="e1"} 1.0' in text
+    assert 'ersim_in_flight{expert="e1"} 0.0' in await metrics_text(setup)
     assert 'ersim_requests_total{expert="e0",status="200"} 2.0' in text
-    assert 'ersim_routing_seconds_count{expert="e1"} 2.0' in text
-    assert 'ersim_ttft_seconds_count{expert="e1"} 2.0' in text
+    assert 'ersim_routing_seconds_count{expert="e0"} 2.0' in text
+    assert 'ersim_ttft_seconds_count{expert="e0"} 2.0' in text
     assert 'ersim_replica_healthy{expert="e0",replica="0"} 1.0' in text
     async with setup.session.get(setup.url + "/v1/models") as answer:
-        names = [entry["id"] for entry in (await answer.json())["data"]]
-    assert names == ["auto", "e0", "e1"]
+        entries = (await answer.json())["data"]
+    assert [entry["id"] for entry in entries] == ["auto", "e0", "e1"]
+    assert all(isinstance(one["created"], int) and abs(one["created"] - time.time()) < 60 for one in entries)
 
 
 @pytest.mark.parametrize(
@@ -459,3 +470,268 @@ async def test_a_slot_handed_over_as_time_runs_out_is_kept(monkeypatch: pytest.M
     monkeypatch.undo()
     expert.give_slot()
     await asyncio.wait_for(expert.take_slot(), 1.0)
+
+
+async def test_redirects_reach_the_client_and_the_query_and_repeated_headers_the_expert(
+    make_gateway: Any,
+) -> None:
+    setup = await make_gateway(experts=1, health_period_s=30.0)
+    await asyncio.sleep(0.1)
+    seen: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        where = b"Location: http://127.0.0.1:9/elsewhere\r\nX-Twice: 1\r\nX-Twice: 2\r\n"
+        writer.write(b"HTTP/1.1 307 Temporary Redirect\r\n" + where + b"Content-Length: 0\r\n\r\n")
+        writer.close()
+
+    path = "/v1/completions?api-version=1%2B2&empty="
+    async with bare_server(setup, answer):
+        headers = [("X-Tag", "one"), ("X-Tag", "two")]
+        status, data, got = await post(setup, BODY, path, headers=headers, allow_redirects=False)
+    assert (status, data, got["Location"]) == (307, b"", "http://127.0.0.1:9/elsewhere")
+    assert got.getall("X-Twice") == ["1", "2"]
+    assert len(seen) == 1 and seen[0].startswith(b"POST " + path.encode() + b" HTTP/1.1\r\n")
+    assert b"\r\nX-Tag: one\r\n" in seen[0] and b"\r\nX-Tag: two\r\n" in seen[0]
+    record = json.loads(setup.access_log.read_text())
+    assert record["path"] == "/v1/completions", "what a query holds is not logged"
+
+
+async def test_an_experts_cookies_are_the_clients_and_not_the_gateways(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, health_period_s=30.0)
+    await asyncio.sleep(0.1)
+    seen: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append((await reader.readuntil(b"\r\n\r\n")).lower())
+        writer.write(b"HTTP/1.1 200 OK\r\nSet-Cookie: who=first\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with bare_server(setup, answer):
+        replica = setup.gateway.fleet.replicas[0]
+        replica.url = replica.url.replace("127.0.0.1", "localhost")  # jars ignore addresses
+        for _ in range(2):
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(setup.url + "/v1/completions", json=BODY) as got,
+            ):
+                assert got.headers["Set-Cookie"] == "who=first"
+    assert len(seen) == 2 and b"cookie" not in seen[1]
+
+
+async def metrics_text(setup: Any) -> str:
+    async with setup.session.get(setup.url + "/metrics") as answer:
+        return str(await answer.text())
+
+
+def refused(answer: tuple[int, bytes, Any], status: int) -> str:
+    """The message of an error in OpenAI's shape."""
+    error = json.loads(answer[1])["error"]
+    assert (answer[0], error["code"]) == (status, status)
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    return str(error["message"])
+
+
+@pytest.mark.parametrize(
+    ("coding", "raw", "status"),
+    [
+        ("gzip", b"nonsense", 400),
+        ("gzip", b"", 400),
+        ("gzip", gzip.compress(b"{}" * 10)[:-12], 400),
+        ("gzip", gzip.compress(b"{}") + b"more", 400),
+        ("deflate", b"zz", 400),
+        ("gzip", gzip.compress(b" " * 100_000), 413),
+        ("br", b"zz", 415),
+        ("zstd", b"zz", 415),
+    ],
+)
+async def test_bodies_that_cannot_be_decoded_are_refused_without_a_traceback(
+    make_gateway: Any, caplog: pytest.LogCaptureFixture, coding: str, raw: bytes, status: int
+) -> None:
+    setup = await make_gateway(experts=1, max_body_bytes=10_000)
+    refused(await post(setup, raw, headers={"Content-Encoding": coding}), status)
+    refused(await post(setup, raw, "/policy", headers={"Content-Encoding": coding}), status)
+    assert (await post(setup, BODY))[0] == 200
+    assert not caplog.records
+    assert f'ersim_requests_total{{expert="none",status="{status}"}} 2.0' in await metrics_text(setup)
+
+
+@pytest.mark.parametrize("bits", [-15, 15])
+async def test_deflated_requests_reach_the_expert_decoded(make_gateway: Any, bits: int) -> None:
+    setup = await make_gateway(experts=1)
+    setup.stubs[0].keep_bodies = True
+    raw, deflate = json.dumps(BODY).encode(), zlib.compressobj(wbits=bits)
+    data = deflate.compress(raw) + deflate.flush()
+    assert (await post(setup, data, headers={"Content-Encoding": "deflate"}))[0] == 200
+    assert setup.stubs[0].bodies == [raw]
+
+
+async def test_what_no_expert_was_chosen_for_is_refused_in_one_shape_and_counted(make_gateway: Any) -> None:
+    setup = await make_gateway(api_keys=["secret"], max_body_bytes=1000)
+    key = {"Authorization": "Bearer secret"}
+    assert "bearer key" in refused(await post(setup, BODY), 401)
+    assert "not JSON" in refused(await post(setup, b"{", headers=key), 400)
+    assert "1000 bytes" in refused(await post(setup, b" " * 2000, headers=key), 413)
+    assert "POST /v2" in refused(await post(setup, BODY, "/v2", headers=key), 404)
+    wrong = await post(setup, BODY, "/v1/models", headers=key)
+    assert "POST /v1/models" in refused(wrong, 405) and wrong[2]["Allow"] == "GET,HEAD"
+    text = await metrics_text(setup)
+    for status in (400, 401, 404, 405, 413):
+        assert f'ersim_requests_total{{expert="none",status="{status}"}} 1.0' in text
+
+
+@pytest.mark.parametrize("model", [{}, [], 0, False, 5, {"a": 1}])
+async def test_a_model_that_is_no_string_is_400(make_gateway: Any, model: Any) -> None:
+    setup = await make_gateway()
+    assert "model must be a string" in refused(await post(setup, {**BODY, "model": model}), 400)
+    for automatic in (None, "", "auto"):
+        assert (await post(setup, {**BODY, "model": automatic}))[0] == 200
+
+
+class Broken(Policy):
+    """A policy of one's own, with a fault in it."""
+
+    name = "broken"
+    fault: Any = ZeroDivisionError("by nothing")
+
+    def route(self, query: RoutingQuery, fleet: FleetState) -> Decision:
+        if isinstance(self.fault, Exception):
+            raise self.fault
+        return self.fault  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError("x"), Decision(7, "x"), Decision(-1, "x"), None])
+async def test_a_policy_that_fails_is_500_logged_and_counted(
+    make_gateway: Any, caplog: pytest.LogCaptureFixture, fault: Any
+) -> None:
+    setup = await make_gateway()
+    broken = Broken([ExpertProfile("e0", "m"), ExpertProfile("e1", "m")])
+    broken.fault = fault
+    setup.gateway._proxy._policy = broken
+    assert "policy broken failed" in refused(await post(setup, BODY), 500)
+    assert "Traceback" in caplog.text and "policy broken failed on request" in caplog.text
+    assert counted(setup, "errors", "none", "policy") == 1
+    assert counted(setup, "requests", "none", "500") == 1
+    assert (await post(setup, {**BODY, "model": "e1"}))[0] == 200, "who asks by name needs no policy"
+    assert json.loads(setup.access_log.read_text().splitlines()[0])["status"] == 500
+
+
+async def test_a_fault_of_the_gateway_itself_is_500_in_the_same_shape(
+    make_gateway: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = await make_gateway()
+    monkeypatch.setattr(setup.gateway._proxy, "_pick", None)
+    refused(await post(setup, BODY), 500)
+    assert counted(setup, "errors", "e0", "internal") == 1 and counted(setup, "requests", "e0", "500") == 1
+    monkeypatch.setattr(setup.gateway.policy, "adjust", None)
+    monkeypatch.setattr(setup.gateway, "_created_s", property)
+    async with setup.session.get(setup.url + "/v1/models") as answer:
+        assert answer.status == 500 and (await answer.json())["error"]["type"] == "server_error"
+    assert caplog.text.count("Traceback") == 2
+
+
+async def test_ready_means_that_a_probe_has_succeeded(make_gateway: Any) -> None:
+    setup = await make_gateway(health_period_s=0.05)
+
+    async def ready() -> tuple[int, list[str]]:
+        async with setup.session.get(setup.url + "/ready") as answer:
+            return answer.status, (await answer.json())["down"]
+
+    await asyncio.sleep(0.2)
+    assert await ready() == (200, [])
+    silent = Fleet(setup.gateway.settings)
+    setup.gateway.fleet.experts[1] = silent.experts[1]  # as it is before the first answer of a probe
+    assert await ready() == (503, ["e1"]) and silent.experts[1].healthy, "requests may be tried"
+
+
+async def test_an_upstream_that_never_answers_is_never_ready(make_gateway: Any) -> None:
+    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silence, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    setup = await make_gateway(
+        experts=1, urls=[f"http://127.0.0.1:{port}"], health_timeout_s=0.3, health_period_s=0.3
+    )
+    for _ in range(8):
+        async with setup.session.get(setup.url + "/ready") as answer:
+            assert answer.status == 503 and await answer.json() == {"ready": False, "down": ["e0"]}
+        await asyncio.sleep(0.1)
+    server.close()
+
+
+async def test_an_ill_upstream_is_not_ready_until_it_is_well(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1)
+    setup.gateway.fleet.replicas[0].seen = False
+    setup.stubs[0].ill = 302
+    await asyncio.sleep(0.25)
+    setup.gateway.fleet.replicas[0].seen = False
+    async with setup.session.get(setup.url + "/ready") as answer:
+        assert answer.status == 503
+    setup.stubs[0].ill = None
+    await asyncio.sleep(0.3)
+    async with setup.session.get(setup.url + "/ready") as answer:
+        assert answer.status == 200
+
+
+async def test_least_kv_sends_to_the_replica_with_the_most_free_cache(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, replicas=[3], balancer="least_kv", slots=96)
+    for stub, share in zip(setup.stubs, (0.9, 0.1, 0.5), strict=True):
+        stub.kv_used = share
+    await asyncio.sleep(0.3)
+    assert [round(one.kv_used_fraction, 6) for one in setup.gateway.fleet.replicas] == [0.9, 0.1, 0.5]
+    for _ in range(6):
+        assert (await post(setup, BODY))[2]["X-Ersim-Replica"] == "1"
+    setup.stubs[1].kv_used, setup.stubs[0].kv_used = 0.8, 0.2
+    await asyncio.sleep(0.3)
+    assert (await post(setup, BODY))[2]["X-Ersim-Replica"] == "0"
+
+
+async def test_without_the_gauge_least_kv_goes_by_the_batch(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, replicas=[2], balancer="least_kv")
+    await asyncio.sleep(0.3)
+    assert setup.stubs[0].metrics_read > 0, "asked, and told that there is none"
+    tasks = [asyncio.create_task(post(setup, {**BODY, "pace_s": 0.1})) for _ in range(6)]
+    await asyncio.sleep(0.15)
+    assert [one.in_flight for one in setup.gateway.fleet.replicas] == [3, 3]
+    assert {status for status, _, _ in await asyncio.gather(*tasks)} == {200}
+
+
+async def test_nobody_is_asked_for_a_share_that_nobody_looks_at(make_gateway: Any) -> None:
+    setup = await make_gateway(experts=1, replicas=[2])
+    await asyncio.sleep(0.3)
+    await post(setup, BODY)
+    assert [stub.metrics_read for stub in setup.stubs] == [0, 0]
+    setup.stubs[0].kv_used = 0.25
+    assert setup.gateway.fleet.state_left({(0, 0)}).experts[0].replicas[0].kv_used_fraction == 0.0
+    await asyncio.sleep(0.3)
+    assert setup.gateway.fleet.replicas[0].kv_used_fraction == 0.25, "a policy has looked"
+    assert setup.stubs[1].metrics_read == 0
+
+
+def test_a_share_is_carried_on_between_readings() -> None:
+    share = KvShare(slots=10)
+    assert [share.estimate(running) for running in (0, 5, 20)] == [0.0, 0.5, 1.0]
+    share.set(0.4, 2)
+    assert [share.estimate(running) for running in (0, 1, 2, 3, 9)] == pytest.approx([0, 0.2, 0.4, 0.6, 1.0])
+    share.set(0.0, 0)
+    assert share.estimate(2) == pytest.approx(0.4), "what a request holds is remembered"
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        (b'# HELP vllm:kv_cache_usage_perc KV\nvllm:kv_cache_usage_perc{engine="0",m="a} b"} 0.25\n', 0.25),
+        (b"vllm:kv_cache_usage_perc 1e-1 1700000000\n", 0.1),
+        (b'vllm:kv_cache_usage_perc{engine="0"} 0.2\nvllm:kv_cache_usage_perc{engine="1"} 0.4\n', 0.3),
+        (b'vllm:kv_cache_usage_perc{engine="0"} 1.5\n', 1.0),
+        (b'vllm:kv_cache_usage_perc{engine="0"} NaN\n', None),
+        (b'vllm:kv_cache_usage_perc{engine="0"} much\n', None),
+        (b"vllm:kv_cache_usage_perc_other 0.5\n", None),
+        (b"\xff\xfe", None),
+        (b"", None),
+    ],
+)
+def test_the_share_is_read_as_vllm_writes_it(text: bytes, share: float | None) -> None:
+    assert kv_share(text) == (None if share is None else pytest.approx(share))
