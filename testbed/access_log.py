@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ersim.errors import DataError
+from testbed.log_lines import NUMBER, TEXT, Kind, NotJson, maybe, read_lines
+
+FIELDS: Mapping[str, Kind] = {
+    "id": TEXT,
+    **dict.fromkeys(("received_s", "routing_s", "queued_s"), NUMBER),
+    **dict.fromkeys(("submitted_s", "first_in_s", "first_out_s"), maybe(NUMBER)),
+}
+"""What readers use of a record (see `testbed.gateway.exchange.Exchange.log_record`)."""
 
 
 def read_access_log(path: Path) -> dict[str, dict[str, Any]]:
     """Records by request id; a last line that was cut off is ignored. Raises DataError for a bad file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise DataError(f"{path}: access log cannot be read ({error})") from error
     records: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise DataError(f"{path}: line {number} is not JSON ({error.msg})") from error
+    cut: NotJson | None = None
+    for line, record in read_lines(path, "an access log", "", "measure again"):
+        if cut is not None:
+            break
+        if isinstance(record, NotJson):
+            cut = record
+            continue
+        if not isinstance(record, dict):
+            raise line.bad(f"must be a JSON object, got {reprlib.repr(record)}")
+        for name, kind in FIELDS.items():
+            if name not in record:
+                raise line.bad(f"is no line of an access log: {name} is missing")
+            line.check(name, kind, record[name])
         records[record["id"]] = record
+    if cut is not None and cut.whole:
+        raise cut.error
     return records

@@ -8,7 +8,8 @@ period is u0[n] - max(u0[n-1], s1[n]), and u0[n] - s0[n] would double it.
 
 from __future__ import annotations
 
-import json
+import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,28 @@ import numpy.typing as npt
 
 from ersim.errors import DataError
 from ersim.types import Batch
+from testbed.log_lines import (
+    COUNT,
+    COUNTS,
+    FLAG,
+    INTEGER,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    Kind,
+    Line,
+    NotJson,
+    check_fields,
+    counts_of,
+    list_of,
+    maybe,
+    read_lines,
+)
 
 FORMATS = (1, 2)
 """1 said nothing of stolen time and of CPU seconds at a step's start."""
+REMEDY = "record it again"
+_HEXADECIMAL = re.compile("[0-9a-f]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,31 +162,93 @@ def periods_s(steps: Sequence[LoggedStep], asynchronous: bool) -> npt.NDArray[np
     return result
 
 
-def _parse_lines(path: Path) -> Iterator[list[Any]]:
-    try:
-        stream = open(path, encoding="utf-8")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise DataError(f"{path}: step log cannot be read ({error}); was the recorder on?") from error
-    cut: DataError | None = None
-    with stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                if cut is not None:
-                    raise cut from None
-                cut = DataError(f"{path}: line {number} is not JSON ({error.msg}); the file is damaged")
-                continue
-            if not isinstance(record, list) or not record:
-                raise DataError(f"{path}: line {number} must be a JSON array, got {line[:60]!r}")
-            if cut is not None and record[0] != "m":
-                raise cut
-            cut = None  # a server was killed while it wrote, and another one started
-            yield record
-    if cut is not None and line.endswith("\n"):
-        raise cut  # else the server was cut off while writing its last line
+META: Mapping[str, Kind] = {
+    "vllm_version": TEXT,
+    "async_scheduling": FLAG,
+    "max_num_seqs": POSITIVE,
+    "max_num_batched_tokens": POSITIVE,
+    "max_model_len": POSITIVE,
+    "block_size": POSITIVE,
+    "num_blocks": POSITIVE,
+    "enable_chunked_prefill": FLAG,
+    "enable_prefix_caching": FLAG,
+    "long_prefill_token_threshold": COUNT,
+    "policy": TEXT,
+    "watermark": NUMBER,
+    "scheduler_reserve_full_isl": FLAG,
+}
+"""The engine's constants that every reader may count on."""
+
+_HASHES = Kind(
+    "a list of hexadecimal strings",
+    list_of(lambda value: type(value) is str and _HEXADECIMAL.fullmatch(value) is not None),
+)
+_FIVES = Kind("a list of five integers >= 0 each", list_of(counts_of(5)))
+_PAIRS = Kind("a list of two integers >= 0 each", list_of(counts_of(2)))
+_ADDED = (
+    ("time", NUMBER), ("index", COUNT), ("request id", TEXT), ("prompt tokens", COUNT), ("max_tokens", COUNT),
+    ("priority", INTEGER), ("block hashes", _HASHES),
+)  # fmt: skip
+_FINISHED = (
+    ("time", NUMBER), ("index", maybe(COUNT)), ("status", TEXT), ("output tokens", COUNT),
+    ("preemptions", COUNT), ("block hashes", _HASHES),
+)  # fmt: skip
+_STEP = (
+    ("number", COUNT), ("s0", NUMBER), ("s1", NUMBER), ("u0", NUMBER), ("u1", NUMBER), ("running", COUNT),
+    ("waiting", COUNT), ("blocks used", COUNT), ("decode rows", COUNT), ("decode context", COUNT),
+    ("largest decode context", COUNT), ("other rows", _FIVES), ("preempted", COUNTS), ("prefix hits", _PAIRS),
+    ("tokens out", COUNT), ("record cost", NUMBER),
+    ("CPU seconds", maybe(NUMBER)), ("probe", maybe(NUMBER)), ("stolen share", maybe(NUMBER)),
+    ("CPU seconds at s0", maybe(NUMBER)),
+)  # fmt: skip
+_FIELDS: Mapping[str, tuple[Sequence[tuple[str, Kind]], int]] = {
+    "m": ((("constants", Kind("an object", lambda value: type(value) is dict)),), 1),
+    "a": (_ADDED, len(_ADDED)),
+    "f": (_FINISHED, len(_FINISHED)),
+    "s": (_STEP, len(_STEP) - 4),
+}
+"""By a line's first element: its others, and how many of them format 1 has already."""
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[Line, list[Any]]]:
+    """Checked lines. One that was cut by a kill is left out: the last one, or one before another start."""
+    cut: NotJson | None = None
+    for line, record in read_lines(path, "a step log", "; was the recorder on?", REMEDY):
+        if isinstance(record, NotJson):
+            if cut is not None:
+                raise cut.error
+            cut = record
+            continue
+        if cut is not None and not (isinstance(record, list) and record[:1] == ["m"]):
+            raise cut.error
+        _check_line(line, record)
+        cut = None  # a server was killed while it wrote, and another one started
+        yield line, record
+    if cut is not None and cut.whole:
+        raise cut.error  # else the server was cut off while writing its last line
+
+
+def _check_line(line: Line, record: object) -> None:
+    """Raise DataError unless the line is what the recorder writes."""
+    if not isinstance(record, list) or not record:
+        raise line.bad(f"must be a JSON array, got {reprlib.repr(record)}")
+    kind = record[0]
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        raise line.bad(f"must begin with one of {', '.join(_FIELDS)}, got {reprlib.repr(kind)}")
+    fields, least = _FIELDS[kind]
+    if not least <= len(record) - 1 <= len(fields):
+        wanted = f"{least} to {len(fields)}" if least < len(fields) else f"{least}"
+        raise line.bad(f"must have {wanted} values after {kind!r}, got {len(record) - 1}")
+    check_fields(line, fields, record[1:])
+
+
+def _check_meta(line: Line, meta: Mapping[str, Any]) -> None:
+    """Raise DataError unless the constants are those of a format that is known."""
+    known = Kind(" or ".join(map(str, FORMATS)), lambda value: type(value) is int and value in FORMATS)
+    for name, kind in {"format": known, **META}.items():
+        if name not in meta:
+            raise line.bad(f"lacks the engine's {name}")
+        line.check(name, kind, meta[name])
 
 
 def _step(record: Sequence[Any]) -> LoggedStep:
@@ -202,14 +284,10 @@ def read_step_log(path: Path) -> StepLog:
     meta: dict[str, Any] | None = None
     steps: list[LoggedStep] = []
     requests: dict[int, LoggedRequest] = {}
-    for record in _parse_lines(path):
+    for line, record in _parse_lines(path):
         kind = record[0]
         if kind == "m":
-            if record[1].get("format") not in FORMATS:
-                known = " or ".join(map(str, FORMATS))
-                raise DataError(
-                    f"{path}: format must be {known}, got {record[1].get('format')!r}; record it again"
-                )
+            _check_meta(line, record[1])
             meta, steps, requests = record[1], [], {}  # a server that was started again counts anew
         elif kind == "a":
             requests[record[2]] = LoggedRequest(

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from ersim.errors import DataError
+from experiments.recorded_steps import from_steps
+from testbed.access_log import read_access_log
 from testbed.replay import replay
 from testbed.step_log import LoggedStep, StepLog, StepRow, periods_s, read_step_log
 
@@ -109,6 +111,85 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     old.write_text(json.dumps(["m", {"format": 99}]) + "\n")
     with pytest.raises(DataError, match="format must be 1 or 2, got 99"):
         read_step_log(old)
+
+
+META_LINE = RECORDED.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'["s",1,2]', "must have 16 to 20 values after 's', got 2"),
+        (b'["a",1]', "must have 7 values after 'a', got 1"),
+        (
+            b'["f",1,2,"FINISHED_STOPPED",3,0,"ab"]',
+            "block hashes must be a list of .*, got 'ab'",
+        ),
+        (b'["m",5]', "constants must be an object, got 5"),
+        (b'["m",{"format":2}]', "lacks the engine's vllm_version"),
+        (b'["m",{"format":[2]}]', r"format must be 1 or 2, got \[2\]"),
+        (b'["x",1]', "must begin with one of m, a, f, s, got 'x'"),
+        (b"[[1],2]", r"must begin with one of m, a, f, s, got \[1\]"),
+        (b'{"a": 1}', r"must be a JSON array, got \{'a': 1\}"),
+        (b"[]", r"must be a JSON array, got \[\]"),
+        (b'["s",0,1,1,2,2,1,0,1,0,0,0,[[0,5]],[],[],1,0.1]', r"other rows must be .*, got \[\[0, 5\]\]"),
+        (b'["s",0,1,1,"2",2,1,0,1,1,8,8,[],[],[],1,0.1]', "u0 must be a finite number, got '2'"),
+        (b'["s",0,1,1,NaN,2,1,0,1,1,8,8,[],[],[],1,0.1]', "u0 must be a finite number, got nan"),
+        (b'["s",0,1,1,2,2,1,0,1,1,8,-8,[],[],[],1,0.1]', "largest decode context must be .*, got -8"),
+        (b'["a",1.0,true,"x",5,5,0,[]]', "index must be an integer >= 0, got True"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_damaged_line_is_named_with_the_remedy(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "damaged.jsonl"
+    path.write_bytes(META_LINE.encode() + b"\n" + line + b'\n["x"]\n')
+    with pytest.raises(DataError, match=rf"damaged\.jsonl: line 2 .*{message}.*; record it again"):
+        read_step_log(path)
+
+
+def test_calibrating_with_a_damaged_log_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.jsonl"
+    path.write_text(f'{META_LINE}\n["s",1,2]\n')
+    with pytest.raises(DataError, match=r"damaged\.jsonl: line 2 must have .*; record it again"):
+        from_steps(path, "h100-80gb", "llama3.1-8b", "bf16", 1, 0)
+
+
+ACCESS = {
+    "id": "a", "received_s": 1.0, "routing_s": 0.1, "queued_s": 0.0, "submitted_s": None, "first_in_s": None,
+    "first_out_s": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"id": "b"}', "is no line of an access log: received_s is missing"),
+        (json.dumps({**ACCESS, "id": 5}).encode(), "id must be a non-empty string, got 5"),
+        (
+            json.dumps({**ACCESS, "first_in_s": "1"}).encode(),
+            "first_in_s must be .* or null, got '1'",
+        ),
+        (b"[1]", r"must be a JSON object, got \[1\]"),
+        (b"5", "must be a JSON object, got 5"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"{", "is not JSON"),
+    ],
+)
+def test_a_damaged_access_log_is_named_with_the_remedy(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "access.jsonl"
+    good = json.dumps(ACCESS).encode()
+    path.write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
+    with pytest.raises(DataError, match=rf"access\.jsonl: line 2 .*{message}.*; measure again"):
+        read_access_log(path)
+
+
+def test_an_access_log_may_end_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "access.jsonl"
+    path.write_text(json.dumps(ACCESS) + '\n{"id": "b", "rec')
+    assert read_access_log(path) == {"a": ACCESS}
+    with pytest.raises(DataError, match=r"absent\.jsonl: an access log cannot be read"):
+        read_access_log(tmp_path / "absent.jsonl")
 
 
 def test_a_restarted_server_counts_anew(tmp_path: Path) -> None:

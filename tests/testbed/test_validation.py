@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ersim.config import ExpertConfig, FleetConfig, SimulationConfig, WorkloadConfig
+from ersim.engine import EngineConfig
 from ersim.errors import ConfigError, DataError
 from ersim.prepare import Preparations
 from ersim.results import Gaps, Window
@@ -100,7 +101,8 @@ def test_requests_without_an_answer_are_counted_in_all_repeats() -> None:
 
 def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_load(tmp_path: Path) -> None:
     log = tmp_path / "a.steps.jsonl"
-    log.write_text(json.dumps(["m", {"format": FORMATS[-1], "vllm_version": "0.32.0"}]) + "\n")
+    meta = dataclasses.asdict(EngineConfig()) | {"format": FORMATS[-1], "vllm_version": "0.32.0"}
+    log.write_text(json.dumps(["m", meta]) + "\n")
     versions = {"a": logged_version(log)}
     check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.32.0"))
     with pytest.raises(ConfigError, match=r"a runs vLLM 0\.32\.0, its calibration was made with 0\.19\.0"):
