@@ -2,12 +2,13 @@
 
 ``python -m experiments.gpu_session [--gpu NAME] [--experts a,b] [--users 1,10] [--minutes 90] [overrides]``.
 Each expert (a file in conf/expert) is profiled with ``live_plan=gpu`` and validated at each load;
-its calibration goes to conf/calibration/<gpu>/, its runs to outputs/live/<expert>/. An expert that
-fails is reported and the next one begins. After `minutes`, and on Ctrl-C or SIGTERM (status 130), what
-runs is stopped and reported, its servers with it; what it has written is kept. Where a command may take
-ten minutes only, one expert at a time: ``--experts llama3_8b_bf16 --minutes 9 live_plan=gpu_short
-seconds=30``. On a machine without a GPU: ``--gpu cpu --experts tiny_bf16 --users 1,2 live_plan=short
-workload=live_cpu seconds=15 warmup_s=2 +expert.live.api_servers=1 install=false``.
+its calibration goes to conf/calibration/<gpu>/, its runs to outputs/live/<expert>/. What either command
+would refuse of any expert is said before the first begins (status 2). An expert that fails is reported
+and the next one begins. After `minutes`, and on Ctrl-C or SIGTERM (status 130), what runs is stopped and
+reported, its servers with it; what it has written is kept. Where a command may take ten minutes only,
+one expert at a time: ``--experts llama3_8b_bf16 --minutes 9 live_plan=gpu_short seconds=30``. On a
+machine without a GPU: ``--gpu cpu --experts tiny_bf16 --users 1,2 live_plan=short workload=live_cpu
+seconds=15 warmup_s=2 +expert.live.api_servers=1 install=false``.
 The last line printed is JSON: what was done, what failed, how long each took.
 """
 
@@ -22,8 +23,10 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from experiments.live import split_arguments
+from ersim.errors import ErsimError
+from experiments.live import REFUSED, split_arguments
 from experiments.long_command import INTERRUPTED, OUT_OF_TIME, run_to_its_end
+from experiments.session_check import check_first
 
 # in the order of worth, should the time run out
 EXPERTS = ("llama3_8b_bf16", "llama3_8b_int4", "llama3_8b_fp8", "llama3_8b_int8",
@@ -64,8 +67,20 @@ def measure(expert: str, both: Sequence[Sequence[str]], left_s: float) -> dict[s
     return report
 
 
+def _refused(experts: Sequence[str], gpu: str, users: str, overrides: Sequence[str]) -> bool:
+    """Whether a command of any expert would refuse its arguments; why is printed."""
+    for expert in experts:
+        profile, validation = commands(expert, gpu, users, overrides)
+        try:
+            check_first(profile[3:], validation[3:])
+        except ErsimError as error:
+            print(f"gpu_session: {expert}: {error}; nothing was started", file=sys.stderr)
+            return True
+    return False
+
+
 def main() -> int:
-    """Entry point; 1 when any expert failed or was not reached, 130 when it was interrupted."""
+    """Entry point: 1 when an expert failed or was not reached, 2 when one was refused, 130 if interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--experts", default=",".join(EXPERTS))
     parser.add_argument("--gpu", default="h200-141gb", help="a name in conf/gpu, or cpu")
@@ -73,9 +88,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=90.0)
     arguments, overrides = parser.parse_known_args()
     signal.signal(signal.SIGTERM, _interrupt)
-    deadline_s = time.monotonic() + 60 * arguments.minutes
     experts, reports, interrupted = arguments.experts.split(","), [], False
     try:
+        if _refused(experts, arguments.gpu, arguments.users, overrides):
+            return REFUSED
+        deadline_s = time.monotonic() + 60 * arguments.minutes
         while experts and not interrupted and (left_s := deadline_s - time.monotonic()) > 0:
             print(f"== {experts[0]}", file=sys.stderr, flush=True)
             both = commands(experts[0], arguments.gpu, arguments.users, overrides)

@@ -12,10 +12,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+from ersim.errors import ErsimError
 from experiments.long_command import run_to_its_end
+from experiments.session_check import check_first
 
 VALIDATE_ONLY = ("users", "seconds", "warmup_s", "repeats", "replications")
 PROFILE_ONLY = ("live_plan", "plan", "install")
+REFUSED = 2
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -31,12 +34,20 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main() -> int:
-    """Run both commands; the last line printed is the validation's JSON. Returns the first bad status."""
+    """Run both commands; the last line printed is the validation's JSON. Returns the first bad status.
+
+    REFUSED when neither ran, because one of them would refuse its arguments.
+    """
     arguments = sys.argv[1:]
     if not any(argument.startswith(("fleet=", "expert=")) for argument in arguments):
         arguments = ["fleet=live_cpu", *arguments]
     began_s = time.monotonic()
     profile, validate = split_arguments(arguments)
+    try:
+        check_first(profile, validate)
+    except ErsimError as error:
+        print(f"live: {error}", file=sys.stderr)
+        return REFUSED
     for module, chosen in (("experiments.profile", profile), ("experiments.validate", validate)):
         status, _ = run_to_its_end([sys.executable, "-m", module, *chosen])
         if status:

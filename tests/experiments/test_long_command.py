@@ -32,6 +32,7 @@ SESSION = """\
 import sys
 from experiments import gpu_session
 gpu_session.commands = lambda expert, *others: %r
+gpu_session.check_first = lambda profile, validation: None
 sys.argv = ["gpu_session", "--experts", "a,b,c"]
 sys.exit(gpu_session.main())
 """
@@ -101,6 +102,7 @@ def test_an_interrupt_between_two_commands_is_told_too(
         return {"expert": expert, "ok": True}
 
     monkeypatch.setattr(gpu_session, "measure", measure)
+    monkeypatch.setattr(gpu_session, "check_first", lambda profile, validation: None)
     monkeypatch.setattr(sys, "argv", ["gpu_session", "--experts", "a,b,c"])
     handler = signal.getsignal(signal.SIGTERM)
     try:
