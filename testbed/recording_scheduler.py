@@ -17,7 +17,8 @@ s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are
 [index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]; decode rows (one
 token, prompt computed) are folded, so that a line does not grow with the batch. Prefix hits are
 [index, cached tokens] of newly admitted requests. Requests are indexed in order of arrival.
-Written for vLLM 0.32.0; the hooks exist unchanged in 0.26.0.
+Written for vLLM 0.32.0; the hooks exist unchanged in 0.26.0. Settings that a release does not have are
+written as it behaves without them (see `BEFORE`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ from testbed.stolen_time import StolenShare
 
 FLUSH_PERIOD_S = 0.5
 PROBE_PERIOD_S = 0.02
+BEFORE: dict[str, Any] = {
+    "watermark": 0.0,
+    "scheduler_reserve_full_isl": False,
+    "async_scheduling": False,
+    "long_prefill_token_threshold": 0,
+}
+"""What a V1 scheduler does where it has no such setting yet: no block is kept free (the watermark came with
+vLLM's pull request 44594), a request is admitted when its first chunk fits (37307), steps run one after the
+other, and the budget alone bounds a chunk of prefill."""
 
 
 class StepLog:
@@ -123,6 +133,7 @@ def _meta(scheduler: Any) -> dict[str, Any]:
 
     settings, cache = scheduler.scheduler_config, scheduler.cache_config
     model = scheduler.vllm_config.model_config
+    later = {name: getattr(settings, name, before) for name, before in BEFORE.items()}
     return {
         "format": 2,
         "vllm_version": vllm.__version__,
@@ -130,13 +141,11 @@ def _meta(scheduler: Any) -> dict[str, Any]:
         "monotonic_s": time.monotonic(),
         "epoch_s": time.time(),
         "one_thread": _computes_in_one_thread(scheduler.vllm_config),
-        "async_scheduling": bool(settings.async_scheduling),
+        **later,
+        "async_scheduling": bool(later["async_scheduling"]),
         "max_num_seqs": scheduler.max_num_running_reqs,
         "max_num_batched_tokens": scheduler.max_num_scheduled_tokens,
-        "long_prefill_token_threshold": settings.long_prefill_token_threshold,
         "policy": str(settings.policy),
-        "watermark": settings.watermark,
-        "scheduler_reserve_full_isl": settings.scheduler_reserve_full_isl,
         "enable_chunked_prefill": settings.enable_chunked_prefill,
         "enable_prefix_caching": cache.enable_prefix_caching,
         "block_size": scheduler.block_size,
@@ -247,5 +256,6 @@ class RecordingAsyncScheduler(RecordingMixin, AsyncScheduler):  # type: ignore[m
 def make_scheduler(*args: Any, **kwargs: Any) -> Any:
     """Build the recorder on the base that the server's own configuration would have chosen."""
     config = kwargs.get("vllm_config") or args[0]
-    base = RecordingAsyncScheduler if config.scheduler_config.async_scheduling else RecordingScheduler
+    overlaps = getattr(config.scheduler_config, "async_scheduling", BEFORE["async_scheduling"])
+    base = RecordingAsyncScheduler if overlaps else RecordingScheduler
     return base(*args, **kwargs)
