@@ -41,7 +41,7 @@ class GatewayProcess:
     @property
     def url(self) -> str:
         """Base URL."""
-        return f"http://{self.settings.host}:{self.settings.port}"
+        return self.settings.url
 
     def __enter__(self) -> GatewayProcess:
         write_json(self._settings_path, to_dict(self.settings))
