@@ -1,12 +1,18 @@
-"""Replays a recorded server through `ersim.engine`: same arrivals, same step moments, same batches?
+"""Replays a recorded server through `ersim.engine`: same arrivals, same step moments, same steps?
 
 The recorded times decide when requests arrive, steps are scheduled and outputs are applied; the
 engine decides what runs. A wrong scheduler shows here, whatever the clock; where this agrees and a
 prediction is off, the clock (the step-time model) is to blame.
+
+A step is identical when all is that the recorder writes of it: every row that is no plain decode row, by
+request; number, contexts and largest context of those that are (the recorder folds them); the requests
+that run and wait after `schedule`, KV blocks in use, who was preempted, the prefix hits of new requests,
+and how many tokens came out at its end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,23 +25,23 @@ _ARRIVES, _ABORTED, _UPDATED, _SCHEDULED = range(4)
 
 @dataclass(frozen=True)
 class Replay:
-    """How many of the recorded steps the engine made with the same batch; the first that differs."""
+    """How many of the recorded steps the engine made as they were; the first that differs."""
 
     steps: int
     identical: int
     first_difference: str | None
 
     @property
-    def share(self) -> float:
-        """Identical steps over all steps; 1 for an empty log."""
-        return self.identical / self.steps if self.steps else 1.0
+    def share(self) -> float | None:
+        """Identical steps over all steps; None for a log without steps, which shows nothing."""
+        return self.identical / self.steps if self.steps else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for summaries."""
         return {
             "steps": self.steps,
             "identical": self.identical,
-            "share": round(self.share, 6),
+            "share": None if self.share is None else round(self.share, 6),
             "first_difference": self.first_difference,
         }
 
@@ -77,18 +83,56 @@ def _events(log: StepLog) -> list[tuple[float, int, int]]:
     return sorted(events)
 
 
-def _difference(real: LoggedStep, made: Step) -> str | None:
-    """None when the batches are identical, else what differs."""
-    told, ours = real.batch(), made.batch
-    pairs = {
-        "tokens": (told.tokens, ours.tokens),
-        "decode_seqs": (told.decode_seqs, ours.decode_seqs),
-        "decode_context_tokens": (told.decode_context_tokens, ours.decode_context_tokens),
-        "prefills": (sorted(told.prefills), sorted(ours.prefills)),
+Facts = Mapping[str, Any]
+"""What is compared of a step, by name, in plain values."""
+
+
+def _recorded(step: LoggedStep) -> Facts:
+    """What the recorder wrote of a step's `schedule`."""
+    return {
+        "other rows": sorted(dataclasses.astuple(row) for row in step.rows),
+        "decode rows": step.decode_seqs,
+        "decode context": step.decode_context_tokens,
+        "largest decode context": step.decode_context_max,
+        "preempted": sorted(step.preempted),
+        "prefix hits": sorted(step.hits),
+        "running": step.running,
+        "waiting": step.waiting,
+        "blocks used": step.blocks_used,
     }
-    for name, (theirs, mine) in pairs.items():
-        if theirs != mine:
-            return f"{name}: recorded {theirs}, replayed {mine}"
+
+
+def _replayed(engine: Engine, step: Step) -> Facts:
+    """The same of the engine's; ask right after `schedule` returned it."""
+    others, contexts = [], []
+    for request, tokens in engine.scheduled_rows(step):
+        computed = request.computed_tokens - tokens
+        if tokens == 1 and computed >= request.prompt_tokens:
+            contexts.append(computed)
+        else:
+            known = request.prompt_tokens + request.generated_tokens
+            others.append((request.request_id, tokens, computed, known, request.prompt_tokens))
+    context, largest = step.decode_context_tokens, step.decode_context_max
+    if len(contexts) != step.decode_seqs:  # resumed with all but one token cached: a prefill to the engine
+        context, largest = sum(contexts), max(contexts, default=0)
+    return {
+        "other rows": sorted(others),
+        "decode rows": len(contexts),
+        "decode context": context,
+        "largest decode context": largest,
+        "preempted": sorted(request.request_id for request in step.preempted),
+        "prefix hits": sorted((request.request_id, request.cached_tokens) for request in step.admitted),
+        "running": engine.running,
+        "waiting": engine.waiting,
+        "blocks used": engine.blocks_used,
+    }
+
+
+def _differs(told: Facts, made: Facts) -> str | None:
+    """None when both are alike, else the first fact that is not."""
+    for name, theirs in told.items():
+        if theirs != made[name]:
+            return f"{name}: recorded {theirs}, replayed {made[name]}"
     return None
 
 
@@ -97,22 +141,29 @@ def replay(log: StepLog) -> Replay:
     engine = Engine(recorded_config(log.meta))
     requests = {index: _request(logged) for index, logged in log.requests.items()}
     flying: dict[int, Step] = {}
-    identical, first = 0, None
+    same: dict[int, bool] = {}
+    first = None if log.steps else "the log holds no step: nothing was compared"
     for moment, kind, index in _events(log):
+        difference = None
         try:
             if kind == _ARRIVES:
                 engine.add(requests[index])
             elif kind == _ABORTED:
                 engine.abort(requests[index])
             elif kind == _UPDATED and index in flying:
-                engine.update(flying.pop(index))
+                step = flying.pop(index)
+                engine.update(step)
+                difference = _differs(
+                    {"tokens out": log.steps[index].tokens_out}, {"tokens out": step.tokens_out}
+                )
             elif kind == _SCHEDULED:
-                step = flying[index] = engine.schedule()
-                difference = _difference(log.steps[index], step)
-                identical += difference is None
-                if difference is not None and first is None:
-                    first = f"step {log.steps[index].number} at {moment:.6f} s: {difference}"
+                flying[index] = engine.schedule()
+                difference = _differs(_recorded(log.steps[index]), _replayed(engine, flying[index]))
+                same[index] = True
         except LivelockError as error:
             first = first or str(error)
             break
-    return Replay(len(log.steps), identical, first)
+        if difference is not None:
+            same[index] = False
+            first = first or f"step {log.steps[index].number} at {moment:.6f} s: {difference}"
+    return Replay(len(log.steps), sum(same.values()), first)

@@ -6,8 +6,10 @@ weights in int8, closed loops and designed batches, prefix caching on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,14 +34,66 @@ def test_a_recorded_server_replays_to_the_same_batches() -> None:
     log = read_step_log(RECORDED)
     result = replay(log)
     assert result.steps > 300
-    assert result.share >= 0.99, result.first_difference
+    assert result.identical == result.steps, result.first_difference
+    assert result.share == 1.0 and result.first_difference is None
+
+
+def test_every_fact_that_the_recorder_wrote_is_compared() -> None:
+    """One altered value in one recorded step, and that step differs by its name."""
+    log = read_step_log(RECORDED)
+    number = next(i for i, one in enumerate(log.steps) if one.rows and one.decode_seqs > 1 and one.hits)
+    one = log.steps[number]
+    row, hit = one.rows[0], one.hits[0]
+    altered: dict[str, dict[str, Any]] = {
+        "running": {"running": one.running + 1},
+        "waiting": {"waiting": one.waiting + 1},
+        "blocks used": {"blocks_used": one.blocks_used + 1},
+        "decode rows": {"decode_seqs": one.decode_seqs + 1},
+        "decode context": {"decode_context_tokens": one.decode_context_tokens + 1},
+        "largest decode context": {"decode_context_max": one.decode_context_max - 1},
+        "preempted": {"preempted": (0,)},
+        "tokens out": {"tokens_out": one.tokens_out + 1},
+        "prefix hits": {"hits": ((hit[0], hit[1] + 1), *one.hits[1:])},
+        "other rows": {"rows": (dataclasses.replace(row, request=row.request + 1), *one.rows[1:])},
+    }
+    for name, values in altered.items():
+        steps = [*log.steps]
+        steps[number] = dataclasses.replace(one, **values)
+        result = replay(StepLog(log.meta, steps, log.requests))
+        assert (result.steps, result.identical) == (len(steps), len(steps) - 1), name
+        assert result.first_difference is not None
+        assert result.first_difference.startswith(f"step {one.number} at ")
+        assert f"s: {name}: recorded " in result.first_difference
+
+
+def test_the_same_lengths_in_another_order_are_another_step() -> None:
+    """Two requests of one length change places: the sums are the same, the requests are not."""
+    log = read_step_log(RECORDED)
+    number, one = next((i, step) for i, step in enumerate(log.steps) if len(step.rows) == 1)
+    other = next(
+        r for r in log.requests.values()
+        if r.index != one.rows[0].request and r.prompt_tokens == one.rows[0].prompt_tokens
+    )  # fmt: skip
+    steps = [*log.steps]
+    steps[number] = dataclasses.replace(one, rows=(dataclasses.replace(one.rows[0], request=other.index),))
+    result = replay(StepLog(log.meta, steps, log.requests))
+    assert result.identical == result.steps - 1
+
+
+def test_an_empty_log_is_no_agreement() -> None:
+    log = read_step_log(RECORDED)
+    result = replay(StepLog(log.meta, [], {}))
+    assert result.share is None and result.to_dict() == {
+        "steps": 0, "identical": 0, "share": None,
+        "first_difference": "the log holds no step: nothing was compared",
+    }  # fmt: skip
 
 
 def test_a_wrong_scheduler_is_seen() -> None:
     log = read_step_log(RECORDED)
     small = StepLog({**log.meta, "max_num_batched_tokens": 128, "max_num_seqs": 2}, log.steps, log.requests)
     result = replay(small)
-    assert result.share < 0.9 and result.first_difference is not None
+    assert result.share is not None and result.share < 0.9 and result.first_difference is not None
 
 
 def test_tokens_are_conserved_in_the_log() -> None:
