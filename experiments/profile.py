@@ -54,7 +54,7 @@ from testbed.live_run import LiveRun, gateway_settings, level_config, run_level,
 from testbed.live_settings import read_live
 from testbed.plan import ProfilePlan, check_common_load, check_plan
 from testbed.power import IDLE_S, PowerLog, PowerSampler
-from testbed.profile_fit import Profiled, cleared_steps, fit
+from testbed.profile_fit import Profiled, check_kv_cache, cleared_steps, fit
 from testbed.profiling import Profiler, ProfileRun
 from testbed.sensitivity import Sensitivity, one_row_share
 from testbed.speed_probe import Probes, UsualProbe, slowness
@@ -68,8 +68,9 @@ def profile(job: LiveConfig) -> dict[str, Any]:
     assert job.fleet is not None  # to_live has checked it
     began_s = time.monotonic()
     folder = home(job)
-    for expert in job.fleet.experts.values():
+    for name, expert in job.fleet.experts.items():
         check_plan(job.plan, expert.engine.max_model_len)
+        check_kv_cache(expert, f"fleet.experts.{name}")
     check_common_load(job.plan)
     set_aside(folder / "profile", "*.steps.jsonl")
     with failures_logged(job, "profile"), LiveFleet(job.fleet, folder / "profile", say) as live:

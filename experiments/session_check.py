@@ -15,6 +15,7 @@ from experiments.expert_hints import config_dirs
 from experiments.live_schema import LiveConfig, list_overrides, register, to_live
 from experiments.paths import conf_dir
 from testbed.plan import check_common_load, check_plan
+from testbed.profile_fit import check_kv_cache
 
 FOLDER_OPTIONS = ("--config-dir", "-cd")
 
@@ -30,8 +31,9 @@ def check_first(profile: Sequence[str], validation: Sequence[str]) -> None:
         return
     job = _composed("live/profile", first)
     assert job.fleet is not None  # to_live has checked it
-    for expert in job.fleet.experts.values():
+    for name, expert in job.fleet.experts.items():
         check_plan(job.plan, expert.engine.max_model_len)
+        check_kv_cache(expert, f"fleet.experts.{name}")
     check_common_load(job.plan)
     used = sorted({*_composed("live/validate", second).users} & {*job.plan.mixed_users})
     if used:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ersim.config import ExpertConfig
-from ersim.errors import DataError
+from ersim.errors import DataError, bad_value
 from ersim.steptime import Calibration, fit_live_calibration, load_model
 from ersim.steptime.evaluate import PreparedStepTime
 from ersim.types import Batch, StepTime
@@ -114,6 +114,22 @@ def engine_settings(meta: Mapping[str, Any], eager: bool) -> dict[str, Any]:
     return settings
 
 
+def cache_settings(expert: ExpertConfig) -> dict[str, Any]:
+    """What the recorded number of KV blocks rests on, beyond what the engine told."""
+    return {name: getattr(expert.engine, name) for name in ("gpu_memory_utilization", "kv_cache_dtype")}
+
+
+def check_kv_cache(expert: ExpertConfig, key: str) -> None:
+    """Raise ConfigError for a profile with a narrow KV cache.
+
+    A calibration holds what 16 bits cost; the simulator makes fp8's time of it (`ersim.steptime.evaluate`),
+    and would do so to figures that were measured with fp8 as well.
+    """
+    if expert.engine.kv_cache_dtype != "auto":
+        must = "auto for a profile (a validation may have fp8)"
+        raise bad_value(f"{key}.engine.kv_cache_dtype", must, expert.engine.kv_cache_dtype)
+
+
 def fit(profiled: Profiled) -> Calibration:
     """The calibration of one profiled expert; its provenance says how it came about.
 
@@ -167,7 +183,7 @@ def _calibration(
         tp=expert.tp,
         vllm_version=str(log.meta["vllm_version"]),
         kv_blocks=int(log.meta["num_blocks"]),
-        engine=engine_settings(log.meta, eager=on_cpu),
+        engine=engine_settings(log.meta, eager=on_cpu) | cache_settings(expert),
         provenance={
             "made_by": "ersim-profile",
             "date": datetime.date.today().isoformat(),

@@ -43,6 +43,7 @@ def test_what_we_ship_can_begin() -> None:
         (["+expert.live.api_servers=x"], r"live\.api_servers must be an integer >= 1, got 'x'"),
         (["plan.prefill_tokens=[9000]"], r"^plan\.prefill_tokens must be at most 8190"),
         (["plan.mixed_s=0"], r"^plan\.mixed_s must be"),
+        (["expert.engine.kv_cache_dtype=fp8"], r"kv_cache_dtype must be auto for a profile.*'fp8'"),
         (["repeats=0"], "^repeats must be >= 1"),
         (["+plan.bogus=1"], r"^plan\.bogus is not known"),
         (["+bogus=1"], "^bogus is not known"),

@@ -1,0 +1,63 @@
+"""What a calibration says of the engine that it was recorded on, and which engines it cannot be made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ersim.config import EngineSettings, ExpertConfig
+from ersim.errors import ConfigError
+from ersim.steptime import build_expert_model
+from ersim.steptime.calibration import save
+from testbed.profile_fit import Profiled, check_kv_cache, fit
+from testbed.profiling import PhaseTimes, ProfileRun
+from testbed.step_log import LoggedStep, StepLog
+
+META = {
+    "async_scheduling": False, "vllm_version": "0.32.0", "num_blocks": 4321, "max_num_seqs": 128,
+    "max_num_batched_tokens": 2048, "max_model_len": 4096, "block_size": 16, "policy": "fcfs",
+    "enable_chunked_prefill": True, "enable_prefix_caching": True, "long_prefill_token_threshold": 0,
+    "watermark": 0.0, "scheduler_reserve_full_isl": True,
+}  # fmt: skip
+
+
+def decode_steps() -> StepLog:
+    """Steps of 20 ms and 1 ms a row, of one to 64 rows."""
+    steps, clock = [], 0.0
+    for number in range(1200):
+        rows = (1, 4, 16, 64)[number // 20 % 4]
+        took, context = 0.02 + 0.001 * rows, 32 + number % 20
+        steps.append(
+            LoggedStep(
+                number, clock, clock + 1e-4, clock + took - 1e-4, clock + took, rows, 0, 1, rows,
+                rows * context, context, (), (), (), rows, 1e-5,
+            )
+        )  # fmt: skip
+        clock += took
+    return StepLog(META, steps, {})
+
+
+def test_recorded_blocks_hold_for_the_cache_that_they_were_recorded_with(tmp_path: Path) -> None:
+    expert = ExpertConfig("llama3.1-8b", "bf16", "h200-141gb")
+    run = ProfileRun([PhaseTimes("decode", -1.0, 1e6, 1, 0)])
+    path = tmp_path / "made.json"
+    save(fit(Profiled(expert, "made", decode_steps(), run, "gpu", 0)), path)
+
+    def blocks(**settings: object) -> int:
+        engine = EngineSettings(max_num_seqs=128, max_num_batched_tokens=2048, block_size=16, **settings)  # type: ignore[arg-type]
+        asked = ExpertConfig("llama3.1-8b", "bf16", "h200-141gb", calibration=str(path), engine=engine)
+        return build_expert_model(asked, "e").engine.kv_blocks
+
+    assert blocks() == 4321
+    assert blocks(kv_cache_dtype="fp8") > 100_000, "16-bit blocks were taken for blocks of half the bytes"
+    assert 20_000 < blocks(gpu_memory_utilization=0.5) < blocks(gpu_memory_utilization=0.9)
+
+
+def test_a_profile_is_made_with_sixteen_bits_of_cache() -> None:
+    check_kv_cache(ExpertConfig(), "fleet.experts.a")
+    narrow = ExpertConfig(engine=EngineSettings(kv_cache_dtype="fp8"))
+    with pytest.raises(
+        ConfigError, match=r"^fleet\.experts\.a\.engine\.kv_cache_dtype must be auto for a prof"
+    ):
+        check_kv_cache(narrow, "fleet.experts.a")
