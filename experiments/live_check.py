@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ from ersim.routing.policy import ExpertProfile
 from ersim.steptime import load_gpu, load_model
 from ersim.steptime.expert import load_prices
 from ersim.steptime.specs import CONF_DIR
-from ersim.types import ExpertState
-from ersim.workload import load_prompt_set
+from ersim.types import ExpertState, Prompt
+from ersim.workload import build_workload, load_prompt_set
 from testbed.live_settings import check_machine, read_live
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
     validate(config)
     for name, expert in config.fleet.experts.items():
         _check_expert(expert, f"fleet.experts.{name}", job.measure)
-    _check_router(config)
+    prompts = load_prompt_set(config.workload.prompts)
+    if config.workload.arrivals == "trace":
+        build_workload(config.workload, prompts, config.users, config.seed)
+    _check_router(config, prompts.prompts)
     check_folder(folder)
 
 
@@ -65,11 +69,10 @@ def _check_expert(expert: ExpertConfig, key: str, measure: bool) -> None:
     check_machine(live, key)
 
 
-def _check_router(config: SimulationConfig) -> None:
+def _check_router(config: SimulationConfig, prompts: Sequence[Prompt]) -> None:
     """Policy and balancer; the policy is fitted too, where no price is known that it could count with."""
     router, experts = config.router, config.fleet.experts
     build_balancer(router.balancer, config.seed)
-    prompts = load_prompt_set(config.workload.prompts).prompts
     states = [
         ExpertState(name, expert.model, tuple(expert.domains), (), 1) for name, expert in experts.items()
     ]

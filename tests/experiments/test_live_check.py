@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from ersim.config import EngineSettings, ExpertConfig, FleetConfig, RouterConfig, UncertaintyConfig
+from ersim.config import (
+    EngineSettings,
+    ExpertConfig,
+    FleetConfig,
+    PromptSetConfig,
+    RouterConfig,
+    UncertaintyConfig,
+    WorkloadConfig,
+)
 from ersim.errors import ConfigError, ErsimError
 from experiments.live_check import check_folder, check_live
 from experiments.live_schema import LiveConfig, simulation
@@ -37,6 +45,8 @@ def checked(expert: dict[str, Any] | None = None, **changes: Any) -> None:
         ({"router": RouterConfig(balancer="best")}, "router.balancer must be one of: "),
         ({"router": RouterConfig(params={"clusterz": 3})}, "a parameter of router.params for policy cluster"),
         ({"router": RouterConfig(policy_path="nowhere")}, "nowhere"),
+        ({"workload": WorkloadConfig("trace", trace_path="nowhere.csv")}, "nowhere.csv"),
+        ({"workload": WorkloadConfig(prompts=PromptSetConfig("nowhere.csv"))}, "workload.prompts.path: no"),
         ({"expert": {"gpu": "h200"}}, "fleet.experts.a.gpu must be one of: a10, "),
         ({"expert": {"model": "llama9"}}, "model must be one of: "),
         ({"expert": {"engine": EngineSettings(watermark=2.0)}}, "a.engine.watermark must be in"),
