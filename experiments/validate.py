@@ -50,7 +50,7 @@ from testbed.fleet_calibration import (
     with_calibrations,
 )
 from testbed.fleet_calibration import load as load_fleet
-from testbed.foreign_work import TRIES, undisturbed
+from testbed.foreign_work import undisturbed, watched
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
 from testbed.host_speed import SpeedTrace
@@ -144,7 +144,7 @@ def _measure(
     """
     set_aside(folder / "runs", "*/run.json")
     digests = calibration_digests(base.fleet, shared)
-    tries = TRIES if _on_cpu(base.fleet) else 1
+    on_cpu = any(expert.gpu == "cpu" for expert in base.fleet.experts.values())
     with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs", live.gpus):
         settings = gateway_settings(base, shared, live, folder / "runs")
         started = [server.spec for server in live.all_servers]
@@ -157,7 +157,8 @@ def _measure(
                     level = level_config(base, users, job.seconds)
                     tag = f"u{users}r{repeat}"
                     run_once = partial(_run_once, job, level, shared, live, settings, gateway.url, repeat)
-                    run, cores = undisturbed(run_once, tag, say, tries)
+                    measured = undisturbed(run_once, tag, say) if on_cpu else watched(partial(run_once, 0))
+                    run, cores = measured
                     check_answered(run)
                     write_run(run, level, folder / "runs" / tag, standings, digests, repeat, cores)
 

@@ -12,18 +12,26 @@ import time
 import pytest
 
 from testbed import foreign_work
-from testbed.foreign_work import MOST_CORES, CpuUse, undisturbed
+from testbed.foreign_work import MOST_CORES, CpuUse, undisturbed, watched
 
 BURN = "import time\nend = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
+
+
+def all_s(use: CpuUse) -> float:
+    return sum(use.core_s[core] for core in use.cores)
+
+
+def use(at_s: float, core_s: tuple[float, ...], own_s: float = 0.0, cores: tuple[int, ...] = (0,)) -> CpuUse:
+    return CpuUse(at_s, core_s, own_s, frozenset(cores))
 
 
 def test_our_own_processes_are_not_foreign_and_those_of_others_are() -> None:
     began = CpuUse.now()
     subprocess.run([sys.executable, "-c", BURN.format(1.0)], check=True)
     now = CpuUse.now()
-    own_s, all_s = now.own_s - began.own_s, now.all_s - began.all_s
-    assert 0.2 < own_s <= all_s + 0.1, "an ended child's time is its parent's"
-    assert now.foreign_cores(began) == pytest.approx((all_s - own_s) / (now.at_s - began.at_s), abs=0.01)
+    own_s, every_s = now.own_s - began.own_s, all_s(now) - all_s(began)
+    assert 0.2 < own_s <= every_s + 0.1, "an ended child's time is its parent's"
+    assert now.foreign_cores(began) == pytest.approx((every_s - own_s) / (now.at_s - began.at_s), abs=0.01)
     below = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURN.format(60.0)!r}])"
     child = subprocess.Popen(
         [sys.executable, "-c", below], start_new_session=True
@@ -45,16 +53,44 @@ def test_time_that_was_idle_or_stolen_is_nobodys_work(monkeypatch: pytest.Monkey
     """As psutil names Linux's kinds; guests are counted in user already."""
     kinds = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice")
     times = collections.namedtuple("times", kinds)(5.0, 0.25, 2.0, 900.0, 30.0, 0.125, 0.5, 70.0, 3.0, 0.25)
-    monkeypatch.setattr(foreign_work.psutil, "cpu_times", lambda: times)
-    assert CpuUse.now().all_s == 7.875
+    monkeypatch.setattr(foreign_work.psutil, "cpu_times", lambda percpu: [times, times] if percpu else None)
+    assert CpuUse.now().core_s == (7.875, 7.875)
+
+
+def test_only_work_on_cores_that_are_ours_disturbs() -> None:
+    """A large shared host, or a container on one: what others do on its other cores takes none from us."""
+    began = use(0.0, (0.0,) * 4, 0.0, (1, 2))
+    now = use(10.0, (10.0, 4.0, 3.0, 10.0), 5.0, (1, 2))
+    assert now.foreign_cores(began) == pytest.approx((4.0 + 3.0 - 5.0) / 10.0)
+    wider = use(10.0, (10.0, 4.0, 3.0, 10.0), 5.0, (1, 2, 3))  # a server was given a core that we have not
+    assert wider.foreign_cores(began) == pytest.approx((4.0 + 3.0 + 10.0 - 5.0) / 10.0)
+    numbered_anew = use(10.0, (1.0, 2.0), 1.0, (6, 7))
+    assert numbered_anew.foreign_cores(use(0.0, (0.0, 0.0), 0.0, (6, 7))) == pytest.approx(0.2)
+    unknown = use(10.0, (1.0, 2.0), 1.0, ())
+    assert unknown.foreign_cores(use(0.0, (0.0, 0.0), 0.0, ())) == pytest.approx(0.2)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes are not bound to cores here")
+def test_our_cores_are_those_of_this_process_and_all_below_it() -> None:
+    everywhere = os.sched_getaffinity(0)
+    first = min(everywhere)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        os.sched_setaffinity(0, {first})
+        assert CpuUse.now().cores == everywhere, "the child may still run everywhere"
+        child.kill()
+        child.wait()
+        assert CpuUse.now().cores == {first}
+    finally:
+        os.sched_setaffinity(0, everywhere)
+        child.kill()
+        child.wait()
 
 
 def test_a_disturbed_measurement_is_made_again_at_most_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
     def outcome(*cores: float) -> tuple[int, float, list[str]]:
         """Attempt that stands, its foreign cores and what was said, when attempts were disturbed so much."""
-        readings = iter(
-            [use for one in cores for use in (CpuUse(0.0, 0.0, 0.0), CpuUse(10.0, 10.0 * one, 0.0))]
-        )
+        readings = iter([one for by in cores for one in (use(0.0, (0.0,)), use(10.0, (10.0 * by,)))])
         monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
         said: list[str] = []
         result, used = undisturbed(lambda attempt: attempt, "u1r0", said.append)
@@ -63,7 +99,16 @@ def test_a_disturbed_measurement_is_made_again_at_most_so_often(monkeypatch: pyt
     assert outcome(MOST_CORES / 2) == (0, pytest.approx(MOST_CORES / 2), [])
     attempt, used, said = outcome(0.5, 0.0)
     assert (attempt, used) == (1, 0.0)
-    assert said == ["u1r0: other work on this machine used 0.50 cores; measured again"]
+    assert said == ["u1r0: other work on our cores used 0.50 of them; measured again"]
     attempt, used, said = outcome(0.5, 0.3)
     assert (attempt, used) == (1, pytest.approx(0.3))
-    assert said[-1].startswith("u1r0: other work on this machine used 0.30 cores; kept")
+    assert said[-1].startswith("u1r0: other work on our cores used 0.30 of them; kept the attempt with 0.30")
+    attempt, used, said = outcome(0.3, 0.5)
+    assert (attempt, used) == (0, pytest.approx(0.3)), "the less disturbed one, whatever it measured"
+    assert said[-1].startswith("u1r0: other work on our cores used 0.50 of them; kept the attempt with 0.30")
+
+
+def test_what_is_measured_once_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([use(0.0, (0.0,)), use(10.0, (5.0,))])
+    monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
+    assert watched(lambda: "once") == ("once", pytest.approx(0.5))
