@@ -53,13 +53,13 @@ def to_json(value: Any, indent: int | None = 2) -> str:
     return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def set_aside(folder: Path, holds: str) -> None:
-    """Move a folder to `<name>.previous`, in place of what lay there; only if it holds a match of `holds`.
+def set_aside(folder: Path, holds: str, suffix: str = "previous") -> None:
+    """Move a folder to `<name>.<suffix>`, in place of what lay there; only if it holds a match of `holds`.
 
     Without a match nothing worth keeping is in it, and it is removed.
     """
     if folder.is_dir() and any(folder.glob(holds)):
-        previous = folder.with_name(f"{folder.name}.previous")
+        previous = folder.with_name(f"{folder.name}.{suffix}")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     shutil.rmtree(folder, ignore_errors=True)

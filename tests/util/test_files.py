@@ -41,3 +41,8 @@ def test_earlier_results_are_set_aside_not_lost(tmp_path: Path) -> None:
     assert not folder.exists()
     assert (tmp_path / "runs.previous" / "u1r0" / "run.json").read_text() == "first"
     set_aside(folder, "*/run.json")  # nothing there at all
+    (folder / "u1r0").mkdir(parents=True)
+    (folder / "u1r0" / "run.json").write_text("another")
+    set_aside(folder, "*/run.json", "broken")
+    assert (tmp_path / "runs.previous" / "u1r0" / "run.json").read_text() == "first"
+    assert (tmp_path / "runs.broken" / "u1r0" / "run.json").read_text() == "another"
