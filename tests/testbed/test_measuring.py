@@ -1,0 +1,98 @@
+"""What a measurement leaves behind, whole or broken off, and what it says of other work on the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ersim.config import ExpertConfig, FleetConfig
+from ersim.errors import ConfigError
+from ersim.prepare import Preparations
+from experiments import validate
+from experiments.live_schema import LiveConfig, simulation
+from experiments.validate import set_runs_aside
+from testbed import foreign_work
+from testbed.fleet_calibration import FleetCalibration
+from testbed.foreign_work import CpuUse
+
+Measure = Callable[..., list[str]]
+
+
+@pytest.fixture
+def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """Runs `validate._measure` for two loads with stand-ins for servers, gateway and client; what was said.
+
+    Every run is written as a run.json that holds its attempt; `fails` names one that raises instead.
+    """
+
+    @contextlib.contextmanager
+    def nothing(*_: Any, **__: Any) -> Iterator[Any]:
+        yield types.SimpleNamespace(gpus=None, all_servers=[], url="")
+
+    def measured(gpu: str = "cpu", fails: str = "", foreign: tuple[float, ...] = (0.0,) * 4) -> list[str]:
+        said: list[str] = []
+        readings = iter([
+            CpuUse(at_s, (by * at_s,), 0.0, frozenset({0})) for by in foreign for at_s in (0.0, 10.0)
+        ])  # fmt: skip
+
+        def run_once(job: Any, level: Any, *rest: Any) -> str:
+            repeat, attempt = rest[-2:]
+            if f"u{level.users}r{repeat}" == fails:
+                raise ConfigError("it died")
+            return f"attempt {attempt}"
+
+        def write_run(run: str, level: Any, folder: Path, *_: Any) -> None:
+            folder.mkdir(parents=True)
+            (folder / "run.json").write_text(run)
+
+        for name, stand_in in {
+            "LiveFleet": nothing, "GatewayProcess": nothing, "gateway_settings": lambda *_: None,
+            "calibration_digests": lambda *_: {}, "check_all": lambda *_: {}, "_run_once": run_once,
+            "check_answered": lambda _: None, "write_run": write_run, "say": said.append,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(validate, name, stand_in)
+        monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
+        fleet = FleetConfig("f", experts={"a": ExpertConfig(gpu=gpu)})
+        job = LiveConfig(fleet=fleet, users=[1, 2], repeats=2)
+        known = FleetCalibration("f", {}, {}, {})
+        validate._measure(job, simulation(job, fleet, 1), Preparations(), known, tmp_path)
+        return said
+
+    return measured
+
+
+def test_a_measurement_that_breaks_off_never_costs_the_last_whole_one(
+    tmp_path: Path, measure: Measure
+) -> None:
+    measure()
+    runs, previous, broken = (tmp_path / name for name in ("runs", "runs.previous", "runs.broken"))
+    assert json.loads((runs / validate.WHOLE).read_text()) == {"users": [1, 2], "repeats": 2}
+    (runs / "u1r0" / "run.json").write_text("the good one")
+    with pytest.raises(ConfigError, match="it died"):
+        measure(fails="u2r1")
+    assert (runs / "u1r1" / "run.json").is_file() and not (runs / validate.WHOLE).exists()
+    assert (previous / "u1r0" / "run.json").read_text() == "the good one"
+    with pytest.raises(ConfigError, match="it died"):
+        measure(fails="u1r0")  # before any run was written
+    assert (previous / "u1r0" / "run.json").read_text() == "the good one"
+    assert (broken / "u1r1" / "run.json").is_file(), "what broke off is kept too, elsewhere"
+    measure()
+    assert (previous / "u1r0" / "run.json").read_text() == "the good one"
+    assert (broken / "u1r1" / "run.json").is_file(), "one that left no run takes nobody's place"
+    set_runs_aside(runs)
+    assert (previous / "u1r0" / "run.json").read_text() == "attempt 0" and not runs.exists()
+
+
+def test_runs_beside_others_work_are_measured_again_on_cpus_only(measure: Measure) -> None:
+    disturbed = (0.5, 0.0, 0.0, 0.0, 0.0)
+    assert "u1r0: other work on our cores used 0.50 of them; measured again" in measure(foreign=disturbed)
+    said = measure("h100-80gb", foreign=(0.5,) * 4)
+    assert [line for line in said if "other work" in line] == [], (
+        "servers on GPUs have no use for these cores"
+    )
