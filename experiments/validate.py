@@ -238,15 +238,16 @@ def recorded_config(path: Path) -> SimulationConfig:
 
 
 def check_recorded(path: Path, level: SimulationConfig) -> None:
-    """Raise ConfigError when a stored run had another seed, workload, router or fleet than asked for.
+    """Raise ConfigError when a stored run had another seed, workload, router, fleet or gateway than wanted.
 
     Where calibrations lie and which ports servers have may differ; calibrations are told by their digests.
     """
     stored = recorded_config(path)
-    for name in ("seed", "users", "workload", "router", "fleet"):
+    profiled = {f"gateway.{name}" for name in FROM_PROFILE}
+    for name in ("seed", "users", "workload", "router", "fleet", "gateway"):
         was = _flat(name, getattr(stored, name))
         now = _flat(name, getattr(level, name))
-        for key in sorted({*was, *now}):
+        for key in sorted({*was, *now} - profiled):
             if not key.endswith((".calibration", ".live.port")) and was.get(key) != now.get(key):
                 raise bad_value(key, f"as in the measured run ({was.get(key)!r}, {path})", now.get(key))
 

@@ -169,6 +169,12 @@ def test_a_stored_run_is_predicted_only_as_it_was_measured(tmp_path: Path) -> No
         check_recorded(path, busier)
     crowded = dataclasses.replace(level.fleet, experts={"a": ExpertConfig(replicas=2)})
     with pytest.raises(ConfigError, match=r"fleet\.\S+ must be as in the measured run"):
+    queued = dataclasses.replace(level, gateway=dataclasses.replace(level.gateway, queue_limit=5))
+    with pytest.raises(
+        ConfigError, match=r"gateway\.queue_limit must be as in the measured run \(None, .*got 5"
+    ):
+        check_recorded(path, queued)
+    check_recorded(path, dataclasses.replace(level, gateway=KNOWN.gateway_config(level.gateway)))
         check_recorded(path, dataclasses.replace(level, fleet=crowded))
     for changes, message in (
         ({"version": 1}, "not the run.json of a measured run"),
