@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import pandas as pd
 
 from experiments.live_schema import LiveConfig, say
 from experiments.tracking import connect, experiment_id, metric_name
+
+POWER = ("mean_w", "joules", "joules_per_output_token", "peak_memory_bytes")  # see `measured.power_figures`
 
 
 def _new_run(job: LiveConfig, name: str, kind: str) -> tuple[Any, str]:
@@ -76,16 +79,43 @@ def log_profile(job: LiveConfig, folder: Path, figures: Mapping[str, Any]) -> No
         _finish(client, run_id, numbers, params, files)
 
 
-def log_validation(job: LiveConfig, folder: Path, rows: pd.DataFrame, figures: Mapping[str, Any]) -> None:
-    """One run: measured, predicted and both errors of every metric at step = users."""
-    assert job.fleet is not None
-    client, run_id = _new_run(job, f"validate {job.fleet.name}", "validate")
+def _validated(rows: pd.DataFrame) -> list[tuple[str, float, int]]:
+    """Every finite figure of the comparison at step = users; inside is 1 or 0."""
     numbers: list[tuple[str, float, int]] = []
     for row in rows.itertuples():
-        for kind in ("measured", "predicted", "error", "error_at_slowness_1"):
-            value = float(getattr(row, kind))
-            if abs(value) < 1e300 and value == value:
+        for kind in ("measured", "predicted", "error", "error_at_slowness_1", "inside"):
+            told = getattr(row, kind)
+            value = math.nan if told is None else float(told)
+            if abs(value) < 1e300:
                 numbers.append((f"{kind}/{row.metric}", value, int(row.users)))
+    return numbers
+
+
+def _power(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, int]]:
+    """Measured power and energy of every load at step = users; none where it was not measured."""
+    numbers: list[tuple[str, float, int]] = []
+    for users, item in summaries.items():
+        power = item["measured"]["power"]
+        for name in POWER if power["measured"] else ():
+            if power[name] is not None:
+                numbers.append((f"measured/power/{name}", float(power[name]), int(users)))
+    return numbers
+
+
+def log_validation(
+    job: LiveConfig,
+    folder: Path,
+    rows: pd.DataFrame,
+    figures: Mapping[str, Any],
+    summaries: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """One run: figures, errors, whether inside the interval, and measured power, each at step = users.
+
+    summaries: by load, each with what was measured.
+    """
+    assert job.fleet is not None
+    client, run_id = _new_run(job, f"validate {job.fleet.name}", "validate")
+    numbers = [*_validated(rows), *_power(summaries)]
     means = figures["mean_abs_error"].items()
     numbers += [(f"mean_error/{key}", value, 0) for key, value in means if value is not None]
     params = {"fleet": job.fleet.name, "seed": job.seed, "seconds": job.seconds, "router": job.router.policy}

@@ -131,7 +131,7 @@ def validate(job: LiveConfig) -> dict[str, Any]:
         figures[name] = {users: item[name] for users, item in summaries.items()}
     write_atomically(folder / "validation.csv", lambda path: rows.to_csv(path, index=False))
     write_json(folder / "validation.json", {**figures, "summaries": summaries})
-    _draw_and_log(job, folder, rows, figures)
+    _draw_and_log(job, folder, rows, figures, summaries)
     return figures
 
 
@@ -445,13 +445,19 @@ def _figures(
     }
 
 
-def _draw_and_log(job: LiveConfig, folder: Path, rows: pd.DataFrame, figures: Mapping[str, Any]) -> None:
+def _draw_and_log(
+    job: LiveConfig,
+    folder: Path,
+    rows: pd.DataFrame,
+    figures: Mapping[str, Any],
+    summaries: Mapping[str, Mapping[str, Any]],
+) -> None:
     from experiments.live_figures import validation_figure
 
     assert job.fleet is not None
     validation_figure(rows, f"{job.fleet.name}: predicted and measured", folder / "validation.png")
     if job.tracking.enabled is not False:
-        log_validation(job, folder, rows, figures)
+        log_validation(job, folder, rows, figures, summaries)
 
 
 def table(rows: pd.DataFrame) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -17,7 +19,7 @@ from ersim.errors import ConfigError, DataError
 from experiments.gpu_session import commands, measure
 from experiments.live import split_arguments
 from experiments.live_schema import LiveConfig, list_overrides
-from experiments.live_tracking import failures_logged
+from experiments.live_tracking import failures_logged, log_validation
 from experiments.long_command import OUT_OF_TIME, run_to_its_end
 from experiments.profile import check_precision
 from experiments.validate import check_loads, check_recorded, recorded_config
@@ -167,14 +169,14 @@ def test_a_stored_run_is_predicted_only_as_it_was_measured(tmp_path: Path) -> No
     busier = dataclasses.replace(level, workload=dataclasses.replace(level.workload, think_s=9.0))
     with pytest.raises(ConfigError, match=r"workload\.think_s must be as in the measured run"):
         check_recorded(path, busier)
-    crowded = dataclasses.replace(level.fleet, experts={"a": ExpertConfig(replicas=2)})
-    with pytest.raises(ConfigError, match=r"fleet\.\S+ must be as in the measured run"):
     queued = dataclasses.replace(level, gateway=dataclasses.replace(level.gateway, queue_limit=5))
     with pytest.raises(
         ConfigError, match=r"gateway\.queue_limit must be as in the measured run \(None, .*got 5"
     ):
         check_recorded(path, queued)
     check_recorded(path, dataclasses.replace(level, gateway=KNOWN.gateway_config(level.gateway)))
+    crowded = dataclasses.replace(level.fleet, experts={"a": ExpertConfig(replicas=2)})
+    with pytest.raises(ConfigError, match=r"fleet\.\S+ must be as in the measured run"):
         check_recorded(path, dataclasses.replace(level, fleet=crowded))
     for changes, message in (
         ({"version": 1}, "not the run.json of a measured run"),
@@ -228,6 +230,42 @@ def test_a_failed_measurement_is_a_failed_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError), failures_logged(job, "validate"):
         raise ConfigError("again")
     assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+def test_a_validation_is_logged_with_its_intervals_and_power(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    job = LiveConfig(fleet=FleetConfig("f", experts={"a": ExpertConfig()}))
+    job.tracking.uri = f"sqlite:///{tmp_path}/runs.db"
+    figures = {"measured": 1.0, "predicted": 2.0, "error": 1.0, "error_at_slowness_1": math.nan}
+    rows = pd.DataFrame(
+        [
+            {"users": 1, "metric": "median_ttft_ms", **figures, "inside": True},
+            {"users": 2, "metric": "median_ttft_ms", **figures, "inside": False},
+            {"users": 2, "metric": "share_a", **figures, "inside": None},
+        ]
+    )
+    power = {"measured": True, "why": None, "mean_w": 300.0, "joules": 9000.0, "peak_memory_bytes": 10**11}
+    summaries = {
+        "1": {"measured": {"power": {"measured": False, "why": "no NVML"}}},
+        "2": {"measured": {"power": {**power, "joules_per_output_token": None}}},
+    }
+    log_validation(job, tmp_path, rows, {"mean_abs_error": {"median_ttft_ms": None}}, summaries)
+    client = MlflowClient(job.tracking.uri)
+    experiment = client.get_experiment_by_name("ersim-live")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+
+    def logged(name: str) -> list[tuple[int, float]]:
+        return sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name))
+
+    assert logged("inside/median_ttft_ms") == [(1, 1.0), (2, 0.0)]
+    assert logged("measured/median_ttft_ms") == [(1, 1.0), (2, 1.0)]
+    assert logged("measured/power/mean_w") == [(2, 300.0)] and logged("measured/power/joules") == [
+        (2, 9000.0)
+    ]
+    assert not any("slowness" in name or name == "inside/share_a" for name in run.data.metrics)
+    assert "measured/power/joules_per_output_token" not in run.data.metrics
 
 
 @pytest.mark.parametrize(
