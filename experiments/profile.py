@@ -47,7 +47,7 @@ from testbed.expert_server import ServerSpec
 from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
-from testbed.foreign_work import MOST_CORES, CpuUse
+from testbed.foreign_work import MOST_CORES, CpuUse, undisturbed
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
@@ -194,14 +194,11 @@ def _together(
     profiled = [servers[0].spec.name for servers in live.servers.values()]
     standings = check_all(live, fleet, shared, job.workload, job.seed, say, profiled)
     with GatewayProcess(settings, folder / "profile") as gateway:
-        began = CpuUse.now()
         runs = _common_load(job, config, shared, live, settings, gateway.url)
-        for name, expert in fleet.experts.items():
-            _warn_of_others(f"{name} under common load", expert.gpu, began)
     time.sleep(1.0)
-    start, end = runs[0].load.start_s, runs[-1].load.end_s
+    spans_s = [(run.load.start_s, run.load.end_s) for run in runs]
     logs = {
-        name: [read_step_log(server.spec.steps_path).between(start, end) for server in live.servers[name]]
+        name: [read_step_log(server.spec.steps_path).within(spans_s) for server in live.servers[name]]
         for name in calibrations
     }
     rounds_s = [run.load.start_s for run in runs]
@@ -232,12 +229,22 @@ def _common_load(
     settings: GatewaySettings,
     url: str,
 ) -> list[LiveRun]:
-    """Closed-loop users of the plan's loads through the gateway, all rounds in order."""
+    """Closed-loop users of the plan's loads through the gateway, all rounds in order.
+
+    On CPUs each is driven once more where others disturbed it: the same requests in other words.
+    """
     seconds, runs = job.plan.mixed_s / job.plan.rounds, []
+    on_cpu = any(expert.gpu == "cpu" for expert in config.fleet.experts.values())
     for number, users in itertools.product(range(job.plan.rounds), job.plan.mixed_users):
         level = level_config(dataclasses.replace(config, seed=job.seed + users), users, seconds)
+
+        def drive(attempt: int, level: SimulationConfig = level, number: int = number) -> LiveRun:
+            tag = f"p{level.users}r{number}" + (f"t{attempt}" if attempt else "")
+            return run_level(level, shared, live, settings, url, seconds, tag, number)
+
         say(f"common load: {users} users for {seconds:g} s")
-        runs.append(run_level(level, shared, live, settings, url, seconds, f"p{users}r{number}", number))
+        what = f"common load of {users} users"
+        runs.append(undisturbed(drive, what, say)[0] if on_cpu else drive(0))
     return runs
 
 

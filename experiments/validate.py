@@ -234,6 +234,10 @@ def recorded_config(path: Path) -> SimulationConfig:
     except OmegaConfBaseException as error:
         why = str(error).splitlines()[0]
         raise DataError(f"{path}: config cannot be used ({why}); {KIND.remedy}") from error
+    for expert in config.fleet.experts.values():
+        beside = path.parent / expert.calibration
+        if beside.is_file():  # `write_run` names it from the run's folder
+            expert.calibration = str(beside.resolve())
     return config
 
 

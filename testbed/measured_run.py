@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,8 +262,13 @@ def write_run(
     standings: by server, the check before this repeat (see `standing`); none on a GPU. calibrations: by
     expert, the digest of the one that it is measured with.
     repeat: which requests of the configuration it sent (see `predict.live_workload`). foreign_cores: that
-    others kept busy meanwhile.
+    others kept busy meanwhile. Calibrations are named from the folder's point of view, so that a folder of
+    runs may be moved with them.
     """
+    plain = dataclasses.asdict(config)
+    for expert in plain["fleet"]["experts"].values():
+        if Path(expert["calibration"]).is_absolute():
+            expert["calibration"] = Path(os.path.relpath(expert["calibration"], folder)).as_posix()
     _parquet(run.requests, folder / "requests.parquet")
     gaps = {key: np.asarray(value) for key, value in dataclasses.asdict(run.gaps).items()}
     _parquet(pd.DataFrame(gaps), folder / "gaps.parquet")
@@ -283,6 +289,6 @@ def write_run(
             "unfinished": run.load.unfinished,
             "engines": {name: dict(log.meta) for name, log in run.logs.items()},
             "calibrations": dict(calibrations),
-            "config": dataclasses.asdict(config),
+            "config": plain,
         },
     )

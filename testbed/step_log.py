@@ -127,7 +127,15 @@ class StepLog:
 
     def between(self, start_s: float, end_s: float) -> StepLog:
         """The steps that were scheduled and delivered inside an interval (monotonic seconds)."""
-        inside = [step for step in self.steps if step.schedule_s >= start_s and step.updated_s <= end_s]
+        return self.within([(start_s, end_s)])
+
+    def within(self, spans_s: Sequence[tuple[float, float]]) -> StepLog:
+        """The steps that were scheduled and delivered inside one of several intervals (monotonic seconds)."""
+        inside = [
+            step
+            for step in self.steps
+            if any(low <= step.schedule_s and step.updated_s <= high for low, high in spans_s)
+        ]
         return StepLog(self.meta, inside, self.requests)
 
     def periods_s(self) -> npt.NDArray[np.float64]:

@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from ersim.config import SimulationConfig
+from ersim.config import ExpertConfig, FleetConfig, SimulationConfig
 from ersim.errors import DataError
 from ersim.results import Gaps
+from experiments.validate import recorded_config
 from testbed.live_run import LiveRun
 from testbed.load import LoadResult
 from testbed.measured_run import (
@@ -61,6 +62,23 @@ def test_a_written_run_is_read_again(tmp_path: Path) -> None:
     assert (record.start_s, record.end_s, record.repeat) == (5.0, 8.0, 2)
     assert record.standings == {"a": Standing(1.2, 0.03, 50)} and record.calibrations == {"a": "d" * 64}
     assert record.config["users"] == 4
+
+
+def test_a_folder_of_runs_may_be_moved_with_its_calibrations(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    (before / "runs" / "u1r0").mkdir(parents=True)
+    (before / "a.json").write_text("{}")
+    experts = {
+        "a": ExpertConfig(calibration=str(before / "a.json")),
+        "b": ExpertConfig(calibration="auto"),
+    }
+    run = LiveRun(4, LoadResult([], 5.0, 8.0, []), {}, {}, pd.DataFrame({"x": [1]}), Gaps.concatenate([]))
+    config = SimulationConfig(fleet=FleetConfig("f", experts=experts))
+    write_run(run, config, before / "runs" / "u1r0", {}, {})
+    before.rename(after)
+    assert str(tmp_path) not in (after / "runs" / "u1r0" / "run.json").read_text()
+    found = recorded_config(after / "runs" / "u1r0" / "run.json").fleet.experts
+    assert found["a"].calibration == str((after / "a.json").resolve()) and found["b"].calibration == "auto"
 
 
 def test_runs_of_another_version_are_refused_by_every_reader(tmp_path: Path) -> None:

@@ -250,3 +250,12 @@ def test_a_restarted_server_counts_anew(tmp_path: Path) -> None:
     twice = tmp_path / "twice.jsonl"
     twice.write_text(RECORDED.read_text() * 2)
     assert len(read_step_log(twice).steps) == len(read_step_log(RECORDED).steps)
+
+
+def test_steps_within_several_spans_and_none_of_the_gap() -> None:
+    log = read_step_log(RECORDED)
+    starts = [step.schedule_s for step in log.steps]
+    first, last = (starts[0], starts[40]), (starts[90], log.steps[-1].updated_s)
+    kept = [step.number for step in log.within([first, last]).steps]
+    both = [*log.between(*first).steps, *log.between(*last).steps]
+    assert kept == [step.number for step in both] and len(kept) == len(log.steps) - 50
