@@ -134,7 +134,10 @@ def test_prefix_hits_are_those_of_the_segments(live: Any) -> None:
 
 
 def test_a_killed_expert_costs_only_what_was_streaming(live: Any) -> None:
-    """Kill `small` under load, wait, start it again: the gateway answers throughout and it comes back."""
+    """Kill `small` under load, wait, start it again: the gateway answers throughout and it comes back.
+
+    One stream of its own is certainly open when it dies; whether a user's is, chance decides.
+    """
     from testbed.load import LoadSettings, run_load
     from testbed.prompt_tokens import PromptTokens
 
@@ -144,8 +147,14 @@ def test_a_killed_expert_costs_only_what_was_streaming(live: Any) -> None:
 
     async def disturb() -> None:
         await asyncio.sleep(6.0)
-        killed.append(time.monotonic())
-        await asyncio.to_thread(server.kill)
+        body = {"model": "small", "prompt": [7] * 20, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        url = live.gateway_url + "/v1/completions"
+        async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:
+            assert answer.status == 200 and await answer.content.readany(), "the stream is open"
+            killed.append(time.monotonic())
+            await asyncio.to_thread(server.kill)
+            with pytest.raises(aiohttp.ClientError):  # cut where it broke, not ended as if it were whole
+                await answer.content.read()
 
     async def scene() -> Any:
         settings = LoadSettings(live.gateway_url, 10**9, max_duration_s=16)
@@ -155,6 +164,7 @@ def test_a_killed_expert_costs_only_what_was_streaming(live: Any) -> None:
         return load
 
     load = asyncio.run(scene())
+    assert any(r.expert == "small" and r.error is None and r.send_s < killed[0] for r in load.records)
     bad = [r for r in load.records if r.error is not None]
     assert all(r.first_s is not None and r.send_s < killed[0] for r in bad), "only started streams may fail"
     assert len(bad) <= 6
@@ -166,7 +176,7 @@ def test_a_killed_expert_costs_only_what_was_streaming(live: Any) -> None:
         for line in text.splitlines()
         if line.startswith("ersim_errors_total") and 'kind="mid_stream"' in line
     )
-    assert counted == len(bad)
+    assert counted == len(bad) + 1, "the stream that was open for certain, and those of users that were"
     server.start()
     server.wait_ready()
     deadline = time.monotonic() + 10
