@@ -106,9 +106,8 @@ class Expert:
         self.name = endpoint.name
         share = max(1, endpoint.slots // len(endpoint.urls))
         self.replicas = [Replica(self.name, i, url, share) for i, url in enumerate(endpoint.urls)]
-        build_balancer(settings.balancer, seed).pick(
-            self.replicas
-        )  # marks what such a one looks at as wanted
+        # one for trial picks once: what such a balancer looks at is wanted from the first probe on
+        build_balancer(settings.balancer, seed).pick(self.replicas)
         self.balancer: Balancer = build_balancer(settings.balancer, seed)
         self._free = endpoint.slots
         self._queue_limit = settings.queue_limit
