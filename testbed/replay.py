@@ -13,8 +13,9 @@ and how many tokens came out at its end.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from ersim.engine import Engine, EngineConfig, EngineRequest, LivelockError, Step
@@ -70,14 +71,14 @@ def _request(logged: LoggedRequest) -> EngineRequest:
     )
 
 
-def _events(log: StepLog) -> list[tuple[float, int, int]]:
+def _events(log: StepLog, steps: Sequence[LoggedStep]) -> list[tuple[float, int, int]]:
     """(moment, kind, index) in order of time."""
     events: list[tuple[float, int, int]] = []
     for request in log.requests.values():
         events.append((request.added_s, _ARRIVES, request.index))
         if request.finished_s is not None and "ABORT" in (request.status or ""):
             events.append((request.finished_s, _ABORTED, request.index))
-    for number, step in enumerate(log.steps):
+    for number, step in enumerate(steps):
         events.append((step.schedule_s, _SCHEDULED, number))
         events.append((step.update_s, _UPDATED, number))
     return sorted(events)
@@ -140,10 +141,11 @@ def replay(log: StepLog) -> Replay:
     """Replay a whole log, from the server's start; a livelock ends it and is reported."""
     engine = Engine(recorded_config(log.meta))
     requests = {index: _request(logged) for index, logged in log.requests.items()}
+    steps = sorted([*log.steps, *log.emptied], key=attrgetter("number"))
     flying: dict[int, Step] = {}
     same: dict[int, bool] = {}
-    first = None if log.steps else "the log holds no step: nothing was compared"
-    for moment, kind, index in _events(log):
+    first = None if steps else "the log holds no step: nothing was compared"
+    for moment, kind, index in _events(log, steps):
         difference = None
         try:
             if kind == _ARRIVES:
@@ -154,16 +156,16 @@ def replay(log: StepLog) -> Replay:
                 step = flying.pop(index)
                 engine.update(step)
                 difference = _differs(
-                    {"tokens out": log.steps[index].tokens_out}, {"tokens out": step.tokens_out}
+                    {"tokens out": steps[index].tokens_out}, {"tokens out": step.tokens_out}
                 )
             elif kind == _SCHEDULED:
                 flying[index] = engine.schedule()
-                difference = _differs(_recorded(log.steps[index]), _replayed(engine, flying[index]))
+                difference = _differs(_recorded(steps[index]), _replayed(engine, flying[index]))
                 same[index] = True
         except LivelockError as error:
             first = first or str(error)
             break
         if difference is not None:
             same[index] = False
-            first = first or f"step {log.steps[index].number} at {moment:.6f} s: {difference}"
-    return Replay(len(log.steps), sum(same.values()), first)
+            first = first or f"step {steps[index].number} at {moment:.6f} s: {difference}"
+    return Replay(len(steps), sum(same.values()), first)

@@ -119,11 +119,15 @@ class LoggedRequest:
 
 @dataclass(frozen=True)
 class StepLog:
-    """A whole log: the engine's constants, its steps (empty calls dropped), its requests by index."""
+    """A whole log: the engine's constants, its steps (empty calls dropped), its requests by index.
+
+    emptied: calls that ran nothing, since they preempted whoever ran; a replay needs them.
+    """
 
     meta: Mapping[str, Any]
     steps: Sequence[LoggedStep]
     requests: Mapping[int, LoggedRequest]
+    emptied: Sequence[LoggedStep] = ()
 
     def between(self, start_s: float, end_s: float) -> StepLog:
         """The steps that were scheduled and delivered inside an interval (monotonic seconds)."""
@@ -291,12 +295,18 @@ def read_step_log(path: Path) -> StepLog:
     """Read a recorder's file. Raises DataError naming file, line and remedy."""
     meta: dict[str, Any] | None = None
     steps: list[LoggedStep] = []
+    emptied: list[LoggedStep] = []
     requests: dict[int, LoggedRequest] = {}
     for line, record in _parse_lines(path):
         kind = record[0]
         if kind == "m":
             _check_meta(line, record[1])
-            meta, steps, requests = record[1], [], {}  # a server that was started again counts anew
+            meta, steps, emptied, requests = (
+                record[1],
+                [],
+                [],
+                {},
+            )  # a server that was started again counts anew
         elif kind == "a":
             requests[record[2]] = LoggedRequest(
                 record[2], record[3], record[1], record[4], record[5], record[6], tuple(record[7])
@@ -305,9 +315,11 @@ def read_step_log(path: Path) -> StepLog:
             requests[record[2]] = _finish(requests[record[2]], record)
         elif kind == "s" and (record[9] or record[12]):
             steps.append(_step(record))
+        elif kind == "s" and record[13]:
+            emptied.append(_step(record))
     if meta is None:
         raise DataError(f"{path}: no line with the engine's constants; the file is cut or no step log")
-    return StepLog(meta, steps, requests)
+    return StepLog(meta, steps, requests, emptied)
 
 
 def request_tag(engine_id: str) -> str:

@@ -165,6 +165,9 @@ class BlockPool:
             for index, key in enumerate(request.block_keys):
                 node = self._child(node, (-1, key))
                 path.append((node, index, index + 1))
+            first = request.prompt_tokens // size
+            if first < len(path):
+                request.answer = path[first][0]  # who quotes any of the answer's blocks passes through here
         elif request.segments is not None:
             for segment in request.segments:
                 tokens = segment.tokens

@@ -142,6 +142,25 @@ def test_recorded_block_keys_decide_what_is_shared() -> None:
         assert request.cached_tokens == hit
 
 
+def test_recorded_block_keys_find_an_answer_that_is_still_being_written() -> None:
+    """Keys that run on into the answer: the blocks written so far are shared, as vLLM shares them."""
+    engine = Engine(EngineConfig(block_size=16))
+    writing = EngineRequest(0, 40, 100, 100, block_keys=(1, 2, 3, 4, 5, 6, 7, 8))
+    engine.add(writing)
+    for _ in range(30):
+        engine.start()
+        engine.complete()
+    assert 64 <= writing.computed_tokens < 80, "four whole blocks, 24 tokens of the answer in the last two"
+    quoting = EngineRequest(1, 90, 4, 4, block_keys=(1, 2, 3, 4, 5))
+    engine.add(quoting)
+    drain(engine)
+    assert quoting.cached_tokens == 64
+    late = EngineRequest(2, 140, 4, 4, block_keys=(1, 2, 3, 4, 5, 6, 7, 8))
+    engine.add(late)
+    drain(engine)
+    assert late.cached_tokens == 128
+
+
 def test_the_trie_forgets_what_nobody_can_find() -> None:
     engine = Engine(EngineConfig(num_blocks=40, block_size=4, max_num_seqs=4))
     for number in range(300):

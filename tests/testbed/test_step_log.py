@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ersim.engine import EngineConfig
 from ersim.errors import DataError
 from experiments.recorded_steps import from_steps
 from testbed.access_log import read_access_log
@@ -87,6 +88,31 @@ def test_an_empty_log_is_no_agreement() -> None:
         "steps": 0, "identical": 0, "share": None,
         "first_difference": "the log holds no step: nothing was compared",
     }  # fmt: skip
+
+
+def test_a_call_that_only_preempts_is_replayed_too(tmp_path: Path) -> None:
+    """A prompt of three blocks where there are two: it loses them, and begins anew in the call after."""
+    meta = dataclasses.asdict(
+        EngineConfig(
+            max_num_seqs=4, max_num_batched_tokens=4, max_model_len=64, block_size=4, num_blocks=3,
+            enable_prefix_caching=False, scheduler_reserve_full_isl=False,
+        )
+    )  # fmt: skip
+    running, waiting = [1, 0], [0, 1]
+    first, second = [[0, 4, 0, 12, 12]], [[0, 4, 4, 12, 12]]
+    calls = [
+        [*running, 1, 0, 0, 0, first, [], [[0, 0]], 0],
+        [*running, 2, 0, 0, 0, second, [], [], 0],
+        [*waiting, 0, 0, 0, 0, [], [0], [], 0],
+        [*running, 1, 0, 0, 0, first, [], [], 0],
+    ]
+    lines = [["m", {**meta, "format": 2, "vllm_version": "0.32.0"}], ["a", 0.5, 0, "x", 12, 4, 0, []]]
+    lines += [["s", n, n + 1.0, n + 1.1, n + 1.8, n + 1.9, *call, 1e-5] for n, call in enumerate(calls)]
+    path = tmp_path / "starved.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = read_step_log(path)
+    assert [one.number for one in log.steps] == [0, 1, 3] and [one.number for one in log.emptied] == [2]
+    assert replay(log).to_dict() == {"steps": 4, "identical": 4, "share": 1.0, "first_difference": None}
 
 
 def test_a_wrong_scheduler_is_seen() -> None:
