@@ -69,6 +69,11 @@ def read_header(path: Path | str) -> dict[str, Any]:
         raise DataError(f"{path} is not a policy file: make one with ersim-route fit")
     if header.get("format") != FORMAT:
         raise DataError(f"{path}: format must be {FORMAT}, got {header.get('format')!r}; fit it again")
+    experts, digest = header.get("experts"), header.get("sha256")
+    if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
+        raise DataError(f"{path}: experts must be a list of names, got {experts!r}; fit it again")
+    if not isinstance(digest, str):
+        raise DataError(f"{path}: sha256 must be the policy's digest, got {digest!r}; fit it again")
     return header
 
 
@@ -78,7 +83,7 @@ def load_policy(path: Path | str, experts: Sequence[str]) -> Policy:
     DataError: no such file, not a policy file, damaged or cut. ConfigError: trained for others.
     """
     header = read_header(path)
-    if list(header["experts"]) != list(experts):
+    if header["experts"] != list(experts):
         raise ConfigError(
             f"router.policy_path {path}: the policy was trained for experts "
             f"[{', '.join(header['experts'])}], "

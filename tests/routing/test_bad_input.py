@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +93,27 @@ def test_damaged_and_foreign_files_are_refused(
         load_policy(path, names)
     with pytest.raises(DataError, match="ersim-route fit"):
         load_policy(tmp_path / "missing", names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": None}, "experts must be a list of names, got None; fit it again"),
+        ({"experts": 3}, "experts must be a list of names, got 3"),
+        ({"experts": [["a"]]}, r"experts must be a list of names, got \[\['a'\]\]"),
+        ({"sha256": None}, "sha256 must be the policy's digest, got None; fit it again"),
+    ],
+)
+def test_a_header_says_for_whom_the_policy_is_and_its_digest(
+    changes: dict[str, Any], message: str, fleet: FleetState, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.ersim"
+    build(fleet, prompts, policy="random").save(path)
+    line, _, body = path.read_bytes().partition(b"\n")
+    header = {key: value for key, value in {**json.loads(line), **changes}.items() if value is not None}
+    path.write_bytes(json.dumps(header).encode() + b"\n" + body)
+    with pytest.raises(DataError, match=message):
+        load_policy(path, [expert.name for expert in fleet.experts])
 
 
 def test_a_loaded_policy_takes_a_new_threshold(
