@@ -76,8 +76,8 @@ def check_plan(plan: ProfilePlan, max_model_len: int) -> None:
     if plan.max_context_tokens < smallest:
         must = f">= {smallest}, or no decode batch is left of the grid"
         raise bad_value("plan.max_context_tokens", must, plan.max_context_tokens)
-    if not plan.seconds > 0:
-        raise bad_value("plan.seconds", "> 0", plan.seconds)
+    if not 0 < plan.seconds < math.inf:
+        raise bad_value("plan.seconds", "a number of seconds > 0", plan.seconds)
 
 
 def check_common_load(plan: ProfilePlan) -> None:

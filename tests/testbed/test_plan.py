@@ -40,7 +40,8 @@ def test_a_plan_may_fill_the_context() -> None:
         ({"decode_tokens": 1}, "decode_tokens must be >= 2, got 1"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
         ({"max_context_tokens": 63}, "max_context_tokens must be >= 64, or no decode batch is left"),
-        ({"seconds": float("nan")}, "seconds must be > 0, got nan"),
+        *(({"seconds": seconds}, f"seconds must be a number of seconds > 0, got {seconds}")
+          for seconds in (0.0, float("nan"), float("inf"))),
         ({"mixed_users": []}, "mixed_users must be at least one number of users, got []"),
         *(({"mixed_s": seconds}, f"mixed_s must be a number of seconds > 0, got {seconds}")
           for seconds in (-1.0, 0.0, float("nan"), float("inf"))),
