@@ -27,6 +27,7 @@ def _base_url(value: str) -> bool:
     try:
         parts = urlsplit(value)
         port = parts.port
+        (parts.hostname or "").encode("idna")  # as the resolver does, for which it may be too long
     except ValueError:
         return False
     return (

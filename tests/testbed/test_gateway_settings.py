@@ -35,6 +35,8 @@ def expert(**changes: Any) -> dict[str, Any]:
         (expert(urls=[5]), "experts[0].urls[0] must be a base URL such as http://127.0.0.1:8000, got 5"),
         (expert(urls=["127.0.0.1:9"]), "urls[0] must be a base URL such as"),
         (expert(urls=["http://h:99999"]), "urls[0] must be a base URL such as"),
+        (expert(urls=["http://a..b"]), "urls[0] must be a base URL such as"),
+        (expert(urls=[f"http://{'a' * 64}.b"]), "urls[0] must be a base URL such as"),
         (expert(urls=["http://h/?q=1"]), "urls[0] must be a base URL such as"),
         (expert(slots=1.5), "gateway.experts[0].slots must be an integer >= 1, got 1.5"),
         (expert(slots=True), "gateway.experts[0].slots must be an integer >= 1, got True"),
