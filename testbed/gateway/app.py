@@ -143,6 +143,7 @@ class Gateway:
         except Exception:
             exchange.error = "internal"
             if _begun(request):
+                self.metrics.errors.labels(self._name(exchange), "internal").inc()
                 raise
             LOG.exception("the gateway failed on request %r", exchange.request_id)
             return self._refuse(exchange, Unanswered(500, "internal", FAULT))

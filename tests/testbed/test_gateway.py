@@ -630,6 +630,18 @@ async def test_a_fault_of_the_gateway_itself_is_500_in_the_same_shape(
     assert caplog.text.count("Traceback") == 2
 
 
+async def test_a_fault_after_the_first_byte_cuts_the_stream_and_is_counted(
+    make_gateway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = await make_gateway()
+    monkeypatch.setattr(setup.gateway.metrics, "overhead_s", None)
+    with pytest.raises(aiohttp.ClientError):
+        await post(setup, BODY)
+    assert counted(setup, "errors", "e0", "internal") == 1 and counted(setup, "requests", "e0", "200") == 1
+    assert json.loads(setup.access_log.read_text())["error"] == "internal"
+    assert not any(replica.in_flight for replica in setup.gateway.fleet.replicas)
+
+
 async def test_ready_means_that_a_probe_has_succeeded(make_gateway: Any) -> None:
     setup = await make_gateway(health_period_s=0.05)
 
