@@ -27,6 +27,7 @@ from ersim.errors import ErsimError
 from experiments.live import REFUSED, split_arguments
 from experiments.long_command import INTERRUPTED, OUT_OF_TIME, run_to_its_end
 from experiments.session_check import check_first
+from testbed.arguments import positive
 
 # in the order of worth, should the time run out
 EXPERTS = ("llama3_8b_bf16", "llama3_8b_int4", "llama3_8b_fp8", "llama3_8b_int8",
@@ -85,7 +86,7 @@ def main() -> int:
     parser.add_argument("--experts", default=",".join(EXPERTS))
     parser.add_argument("--gpu", default="h200-141gb", help="a name in conf/gpu, or cpu")
     parser.add_argument("--users", default="1,10,100,500,1000")
-    parser.add_argument("--minutes", type=float, default=90.0)
+    parser.add_argument("--minutes", type=positive, default=90.0)
     arguments, overrides = parser.parse_known_args()
     signal.signal(signal.SIGTERM, _interrupt)
     experts, reports, interrupted = arguments.experts.split(","), [], False

@@ -104,8 +104,8 @@ def to_live(config: DictConfig) -> LiveConfig:
 def check_one_of(overrides: Sequence[str]) -> None:
     """Raise ConfigError for a fleet chosen or changed beside an expert: only the expert would be measured."""
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0].partition("@")[0] == "fleet" and override != "fleet=null":
+        key = override.lstrip("+").partition("=")[0]  # with ~ the fleet is left out
+        if key.partition(".")[0].partition("@")[0] == "fleet":
             raise ConfigError(
                 f"{override} has no effect beside expert=...: leave one of them out (what concerns the "
                 "expert is expert.gpu=..., expert.engine....)"

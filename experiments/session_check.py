@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ersim.errors import ConfigError, bad_value
+from ersim.errors import ConfigError, ErsimError, bad_value
 from experiments.check import without_hydra
 from experiments.expert_hints import config_dirs
 from experiments.live_schema import LiveConfig, list_overrides, register, to_live
@@ -65,7 +65,9 @@ def _composed(name: str, overrides: list[str]) -> LiveConfig:
             config = compose(name, overrides=overrides, return_hydra_config=True)
         settings.set_config(config)
         return to_live(without_hydra(config))
-    except (HydraException, OmegaConfBaseException) as error:
+    except ErsimError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last for `fleet=null`
         raise ConfigError(_one_line(error)) from error
     finally:
         settings.cfg = before

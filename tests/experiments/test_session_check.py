@@ -28,6 +28,7 @@ def test_what_we_ship_can_begin() -> None:
         profile, validation = commands(expert, "h200-141gb", "1,10,100,500,1000", [])
         check_first(profile[3:], validation[3:])
     check_first(*both())
+    check_first(*both("~fleet"))
     assert HydraConfig.instance().cfg is None, "what comes after is not told of it"
 
 
@@ -48,6 +49,7 @@ def test_what_we_ship_can_begin() -> None:
         (["+plan.bogus=1"], r"^plan\.bogus is not known"),
         (["+bogus=1"], "^bogus is not known"),
         (["fleet=live_cpu"], "^fleet=live_cpu has no effect beside expert"),
+        (["fleet=null"], "^Config group override must be a string or a list"),
     ],
 )  # fmt: skip
 def test_what_either_would_refuse_is_said_first(arguments: list[str], message: str) -> None:
@@ -83,6 +85,17 @@ def test_a_refusal_ends_the_command_before_it_starts_anything(
         signal.signal(signal.SIGTERM, handler)
     told = capsys.readouterr()
     assert "users must be loads that do not calibrate" in told.err and not told.out
+
+
+@pytest.mark.parametrize("minutes", ["inf", "nan", "0", "soon"])
+def test_a_session_ends_at_some_time(
+    minutes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--minutes", minutes])
+    with pytest.raises(SystemExit) as end:
+        gpu_session.main()
+    assert end.value.code == 2
+    assert f"argument --minutes: must be a number > 0, got '{minutes}'" in capsys.readouterr().err
 
 
 def test_one_bad_expert_stops_the_session_before_the_first(
