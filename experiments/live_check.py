@@ -18,6 +18,7 @@ from ersim.steptime.expert import load_prices
 from ersim.steptime.specs import CONF_DIR
 from ersim.types import ExpertState, Prompt
 from ersim.workload import build_workload, load_prompt_set
+from testbed.gateway.exchange import AUTO_MODELS
 from testbed.live_settings import check_machine, read_live
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
         raise bad_value("warmup_s", f"in [0, seconds={job.seconds:g})", job.warmup_s)
     validate(config)
     for name, expert in config.fleet.experts.items():
+        if name in AUTO_MODELS:
+            raise bad_value("fleet.experts", f"of names other than {name!r}, which is the router's", name)
         _check_expert(expert, f"fleet.experts.{name}", job.measure)
     prompts = load_prompt_set(config.workload.prompts)
     if config.workload.arrivals == "trace":
@@ -62,6 +65,8 @@ def _check_expert(expert: ExpertConfig, key: str, measure: bool) -> None:
     live = read_live(expert.live, expert.precision, key, expert.gpu, expert.replicas)
     if live.device == "gpu" and expert.gpu == CPU:
         raise bad_value(f"{key}.gpu", "the name of its GPU where live.device is gpu", expert.gpu)
+    if live.device == "cpu" and expert.gpu != CPU:  # a CPU's times would pass for that GPU's
+        raise bad_value(f"{key}.live.device", f"gpu, or {key}.gpu cpu (it is {expert.gpu})", live.device)
     if not measure:
         return
     if not live.record_steps:
@@ -70,15 +75,15 @@ def _check_expert(expert: ExpertConfig, key: str, measure: bool) -> None:
 
 
 def _check_router(config: SimulationConfig, prompts: Sequence[Prompt]) -> None:
-    """Policy and balancer; the policy is fitted too, where no price is known that it could count with."""
+    """Policy and balancer; the policy is read, or fitted where no price is known that it could count with."""
     router, experts = config.router, config.fleet.experts
     build_balancer(router.balancer, config.seed)
     states = [
         ExpertState(name, expert.model, tuple(expert.domains), (), 1) for name, expert in experts.items()
     ]
-    if any(expert.usd_per_gpu_hour is not None or expert.gpu in load_prices() for expert in experts.values()):
-        if router.policy_path is None and router.policy != SAVED:
-            create_policy(router.policy, [ExpertProfile.of(state) for state in states], router.params)
+    priced = any(one.usd_per_gpu_hour is not None or one.gpu in load_prices() for one in experts.values())
+    if priced and router.policy_path is None and router.policy != SAVED:
+        create_policy(router.policy, [ExpertProfile.of(state) for state in states], router.params)
         return
     train, _ = split_prompts(prompts, router.train_fraction, config.seed)
     build_policy(router, states, [prompts[index] for index in train], config.seed)

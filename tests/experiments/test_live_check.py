@@ -54,6 +54,8 @@ def checked(expert: dict[str, Any] | None = None, **changes: Any) -> None:
         ({"expert": {"live": {"record_steps": False}}}, "fleet.experts.a.live.record_steps must be true"),
         ({"expert": {"live": {"port": 65535}, "replicas": 2}}, "fleet.experts.a.live.port must be at most"),
         ({"expert": {"live": {"device": "gpu"}}}, "fleet.experts.a.gpu must be the name of its GPU where"),
+        ({"expert": {"gpu": "l40s", "live": {"device": "cpu"}}},
+         "fleet.experts.a.live.device must be gpu, or fleet.experts.a.gpu cpu (it is l40s), got 'cpu'"),
     ],
 )  # fmt: skip
 def test_what_could_not_be_used_is_named(changes: dict[str, Any], message: str) -> None:
@@ -62,12 +64,27 @@ def test_what_could_not_be_used_is_named(changes: dict[str, Any], message: str) 
         checked(**changes)
 
 
-@pytest.mark.parametrize("router", [{"policy": "clusterr"}, {"params": {"clusterz": 3}}])
-def test_a_router_is_checked_where_prices_are_not_known_yet(router: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"policy": "clusterr"}, "^router.policy must be one of"),
+        ({"params": {"clusterz": 3}}, "^a parameter of router.params for policy cluster"),
+        ({"policy": "saved"}, "^router.policy_path must be the file"),
+        ({"policy_path": "nowhere"}, "^policy file nowhere cannot be read"),
+    ],
+)
+def test_a_router_is_checked_where_prices_are_not_known_yet(router: dict[str, Any], message: str) -> None:
     described = {"model": "llama3.1-8b", "gpu": "h200-141gb"}
     checked(described)
-    with pytest.raises(ConfigError, match=r"router\.p"):
+    with pytest.raises(ErsimError, match=message):
         checked(described, router=RouterConfig(**router))
+
+
+def test_no_expert_has_the_routers_name() -> None:
+    fleet = FleetConfig("f", experts={"auto": ExpertConfig("llama-36m", "bf16", "cpu")})
+    job = LiveConfig(fleet=fleet)
+    with pytest.raises(ConfigError, match=r"fleet\.experts must be of names other than 'auto', which is the"):
+        check_live(job, simulation(job, fleet, 1), Path("outputs"))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells")
