@@ -29,6 +29,7 @@ from ersim.steptime.capacity import kv_cache_bytes
 from ersim.steptime.roofline import build_roofline
 from ersim.steptime.specs import canonical_precision, check_tensor_parallel, load_gpu, load_model
 from ersim.steptime.transfer import Setting, build_transfer, nearest
+from experiments.names import check_names
 from experiments.paths import conf_dir
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -270,6 +271,7 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
 
 def _task(config: DictConfig) -> None:
     try:
+        check_names(config)
         figures = run(OmegaConf.to_object(config))  # type: ignore[arg-type]
     except ErsimError as error:
         raise CompactHydraException(str(error)) from error

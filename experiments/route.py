@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ersim.errors import ConfigError, ErsimError
 from ersim.util.files import to_json, write_json
+from experiments.names import check_names
 from experiments.paths import conf_dir
 from experiments.route_schema import ACTIONS, RouteConfig, check, register
 
@@ -198,6 +199,7 @@ def run_time(config: RouteConfig) -> dict[str, Any]:
 def _task(config: DictConfig) -> None:
     actions = {"eval": run_eval, "fit": run_fit, "time": run_time}
     try:
+        check_names(config)
         try:
             job: RouteConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
         except OmegaConfBaseException as error:

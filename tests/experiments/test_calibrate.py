@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ from ersim.errors import ConfigError, DoesNotFitError
 from ersim.steptime import list_files, load
 from ersim.steptime.evaluate import PreparedStepTime
 from ersim.types import Batch
-from experiments.calibrate import CalibrateConfig, combinations, run, step_interval
+from experiments.calibrate import CalibrateConfig, combinations, main, run, step_interval
 
 
 def test_the_list_shows_every_calibration(capsys):
@@ -58,6 +59,15 @@ def test_a_roofline_is_written_where_asked(tmp_path):
     written = run(config)["written"]
     assert len(written) == 1
     assert not load(path).calibrated
+
+
+def test_a_name_that_nobody_reads_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ersim-calibrate", "list=true", "+bogus=1"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capsys.readouterr()
+    assert end.value.code and "bogus is not known. There are at the top: data, gpu," in told.err
+    assert not told.out
 
 
 def test_all_leaves_out_what_does_not_fit():

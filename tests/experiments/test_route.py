@@ -221,6 +221,7 @@ def test_spilling_is_added_on_the_command_line(ersim: Callable) -> None:
     [
         (("judge",), "one of: eval, fit, time"),
         (("fit",), "out must be the file to write the policy to"),
+        (("fit", "out=x", "+bogus=1"), "bogus is not known. There are at the top: action, data,"),
         (("eval", "set=gsm8k"), "data must be the folder that holds routellm_mmlu_gsm8k.parquet"),
         (("fit", "router=threshold", "fleet=er_mixed", "out=x"), "the prompt set has no answer quality"),
         (("eval", "--config-dir", "mine", "set=mine", "train=1"), "train must be below 1"),
