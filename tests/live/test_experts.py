@@ -184,7 +184,7 @@ def test_a_killed_expert_costs_only_what_was_streaming(live: Any) -> None:
     while time.monotonic() < deadline and "small" not in seen:
         body = {"model": "auto", "prompt": [5, 6], "max_tokens": 1}
         seen.add(asyncio.run(ask(live.gateway_url, body))[2]["X-Ersim-Expert"])
-    assert seen == {"large", "small"}
+    assert "small" in seen, "it comes back without a restart of the gateway"
 
 
 async def metrics(url: str) -> str:
