@@ -120,13 +120,8 @@ class Expert:
         return len(self._waiters)
 
     @property
-    def healthy(self) -> bool:
-        """Whether any replica accepts requests."""
-        return any(replica.healthy for replica in self.replicas)
-
-    @property
     def ready(self) -> bool:
-        """Whether any of them is known to, by a probe."""
+        """Whether any replica is known to accept requests, by a probe."""
         return any(replica.healthy and replica.seen for replica in self.replicas)
 
     async def take_slot(self) -> None:

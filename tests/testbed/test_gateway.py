@@ -653,7 +653,7 @@ async def test_ready_means_that_a_probe_has_succeeded(make_gateway: Any) -> None
     assert await ready() == (200, [])
     silent = Fleet(setup.gateway.settings)
     setup.gateway.fleet.experts[1] = silent.experts[1]  # as it is before the first answer of a probe
-    assert await ready() == (503, ["e1"]) and silent.experts[1].healthy, "requests may be tried"
+    assert await ready() == (503, ["e1"]) and silent.replicas[1].healthy, "requests may be tried"
 
 
 async def test_an_upstream_that_never_answers_is_never_ready(make_gateway: Any) -> None:
