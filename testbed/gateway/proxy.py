@@ -181,6 +181,9 @@ class Proxy:
             (key, value) for key, value in request.headers.items() if key.lower() not in dropped
         )
         headers["X-Request-Id"] = exchange.request_id
+        for key, value in headers.items():
+            if not _utf8(value):
+                raise Unanswered(400, "bad_request", f"the header {key} is not UTF-8, it cannot be passed on")
         return headers
 
     def _payload(self, exchange: Exchange, expert: Expert) -> bytes:
@@ -279,3 +282,12 @@ class Proxy:
         if request.transport is not None:
             request.transport.abort()
         return response
+
+
+def _utf8(header: str) -> bool:
+    """Whether a header's bytes were UTF-8; others arrive as halves of surrogate pairs."""
+    try:
+        header.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -580,6 +580,23 @@ async def test_what_no_expert_was_chosen_for_is_refused_in_one_shape_and_counted
         assert f'ersim_requests_total{{expert="none",status="{status}"}} 1.0' in text
 
 
+@pytest.mark.parametrize(("tag", "status"), [(b"\xff", b"400"), ("\u00fc".encode(), b"200")])
+async def test_a_header_that_cannot_be_passed_on_is_400(
+    make_gateway: Any, caplog: pytest.LogCaptureFixture, tag: bytes, status: bytes
+) -> None:
+    setup = await make_gateway(experts=1)
+    host, port = setup.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    raw = json.dumps(BODY).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nX-Tag: %b\r\nConnection: close\r\n"
+    writer.write(head % tag + b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 " + status + b" ")
+    assert (b"the header X-Tag is not UTF-8" in answer) == (status == b"400")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("model", [{}, [], 0, False, 5, {"a": 1}])
 async def test_a_model_that_is_no_string_is_400(make_gateway: Any, model: Any) -> None:
     setup = await make_gateway()
