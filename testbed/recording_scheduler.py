@@ -125,7 +125,9 @@ def _computes_in_one_thread(config: Any) -> bool:
     from vllm.platforms import current_platform
 
     one_thread = os.environ.get("OMP_NUM_THREADS") == "1"
-    return one_thread and current_platform.is_cpu() and config.parallel_config.world_size == 1
+    parallel = config.parallel_config
+    in_engine = parallel.world_size == 1 and parallel.distributed_executor_backend == "uni"
+    return one_thread and current_platform.is_cpu() and in_engine
 
 
 def _meta(scheduler: Any) -> dict[str, Any]:

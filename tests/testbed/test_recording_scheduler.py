@@ -1,9 +1,10 @@
-"""The recorder's speed probe, and what it writes of engines that lack some settings."""
+"""The recorder's speed probe, what it writes of a step, and of engines that lack some settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import sys
 import types
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ersim.engine import EngineConfig
+from testbed.core_time import undisturbed_s
 from testbed.replay import recorded_config
-from testbed.step_log import read_step_log
+from testbed.step_log import StepLog, read_step_log
 
 
 @pytest.fixture
@@ -81,6 +84,82 @@ def test_settings_that_a_release_lacks_are_written_as_it_behaves(
     vars(scheduler.scheduler_config).update(told)
     new = dataclasses.asdict(recorded_config(constants()))
     assert {name: new[name] for name in told} == told
+
+
+def recorded_twice(recorder: Any, monkeypatch: pytest.MonkeyPatch, path: Path) -> StepLog:
+    """Two steps of one decoding request, the second scheduled before the first one's outputs are there.
+
+    The thread has used a second more whenever its time is asked for.
+    """
+    base, seconds, cpu_s = recorder.AsyncScheduler, itertools.count(100.0), itertools.count(1.0)
+    decode = types.SimpleNamespace(
+        num_scheduled_tokens={"r": 1}, scheduled_new_reqs=(), preempted_req_ids=None
+    )
+    monkeypatch.setattr(base, "schedule", lambda self: decode, raising=False)
+    monkeypatch.setattr(base, "update_from_output", lambda *_: {}, raising=False)
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds), thread_time=lambda: next(cpu_s))
+    monkeypatch.setattr(recorder, "time", clock)
+    monkeypatch.setattr(recorder, "SpeedProbe", lambda: lambda: 0.25)
+    monkeypatch.setattr(recorder, "StolenShare", lambda: lambda now_s: 0.123456)
+    meta = dataclasses.asdict(EngineConfig()) | {"format": 2, "vllm_version": "0.32.0"}
+    monkeypatch.setattr(recorder, "_meta", lambda scheduler: meta)
+    monkeypatch.setenv("ERSIM_STEP_LOG", str(path))
+    scheduler = recorder.RecordingAsyncScheduler()
+    pool = types.SimpleNamespace(num_gpu_blocks=9, get_num_free_blocks=lambda: 7)
+    scheduler.kv_cache_manager = types.SimpleNamespace(block_pool=pool)
+    scheduler.running, scheduler.waiting, scheduler._index = [None], [], {"r": 0}
+    scheduler.requests = {"r": types.SimpleNamespace(num_computed_tokens=9, num_prompt_tokens=4)}
+    scheduler.schedule()
+    scheduler.schedule()
+    scheduler.update_from_output(None, None)
+    scheduler.update_from_output(None, None)
+    scheduler._log.close()
+    return read_step_log(path)
+
+
+def test_each_step_has_its_own_threads_time_probe_and_stolen_share(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ERSIM_SPEED_PROBE", "1")
+    steps = recorded_twice(recorder, monkeypatch, tmp_path / "cpu.jsonl").steps
+    assert [(step.number, step.cpu_start_s, step.cpu_s) for step in steps] == [(0, 1.0, 3.0), (1, 2.0, 4.0)]
+    assert [(step.probe_s, step.stolen_share) for step in steps] == [(0.25, 0.1235)] * 2
+    assert all(step.schedule_s < step.scheduled_s < step.update_s < step.updated_s for step in steps)
+    assert {(step.decode_seqs, step.decode_context_tokens, step.blocks_used) for step in steps} == {(1, 8, 1)}
+
+
+def test_a_gpu_is_neither_probed_nor_stolen_from(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("ERSIM_SPEED_PROBE", raising=False)
+    log = recorded_twice(recorder, monkeypatch, tmp_path / "gpu.jsonl")
+    assert [(step.probe_s, step.stolen_share) for step in log.steps] == [(None, None)] * 2
+    np.testing.assert_array_equal(undisturbed_s(log), log.periods_s())
+
+
+@pytest.mark.parametrize(
+    ("changes", "alone"),
+    [
+        ({}, True),
+        ({"threads": "2"}, False),
+        ({"threads": None}, False),
+        ({"cpu": False}, False),
+        ({"ranks": 2}, False),
+        ({"backend": "mp"}, False),
+    ],
+)
+def test_the_engines_thread_works_alone_only_where_no_other_thread_or_process_does(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], alone: bool
+) -> None:
+    given = {"threads": "1", "cpu": True, "ranks": 1, "backend": "uni", **changes}
+    platforms = types.ModuleType("vllm.platforms")
+    platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: given["cpu"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, platforms.__name__, platforms)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given["threads"] is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given["threads"])
+    parallel = types.SimpleNamespace(world_size=given["ranks"], distributed_executor_backend=given["backend"])
+    assert recorder._computes_in_one_thread(types.SimpleNamespace(parallel_config=parallel)) is alone
 
 
 def test_the_base_is_the_one_that_the_server_would_have_chosen(
