@@ -191,6 +191,8 @@ META: Mapping[str, Kind] = {
 }
 """The engine's constants that every reader may count on."""
 
+_SHARE = Kind("a number from 0 to below 1", lambda value: NUMBER.fits(value) and 0.0 <= value < 1.0)
+_DURATION = Kind("a number above 0", lambda value: NUMBER.fits(value) and value > 0.0)
 _HASHES = Kind(
     "a list of hexadecimal strings",
     list_of(lambda value: type(value) is str and _HEXADECIMAL.fullmatch(value) is not None),
@@ -210,7 +212,7 @@ _STEP = (
     ("waiting", COUNT), ("blocks used", COUNT), ("decode rows", COUNT), ("decode context", COUNT),
     ("largest decode context", COUNT), ("other rows", _FIVES), ("preempted", COUNTS), ("prefix hits", _PAIRS),
     ("tokens out", COUNT), ("record cost", NUMBER),
-    ("CPU seconds", maybe(NUMBER)), ("probe", maybe(NUMBER)), ("stolen share", maybe(NUMBER)),
+    ("CPU seconds", maybe(NUMBER)), ("probe", maybe(_DURATION)), ("stolen share", maybe(_SHARE)),
     ("CPU seconds at s0", maybe(NUMBER)),
 )  # fmt: skip
 _FIELDS: Mapping[str, tuple[Sequence[tuple[str, Kind]], int]] = {

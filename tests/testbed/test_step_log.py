@@ -216,6 +216,11 @@ META_LINE = RECORDED.read_text().splitlines()[0]
         (b'["s",0,1,1,"2",2,1,0,1,1,8,8,[],[],[],1,0.1]', "u0 must be a finite number, got '2'"),
         (b'["s",0,1,1,NaN,2,1,0,1,1,8,8,[],[],[],1,0.1]', "u0 must be a finite number, got nan"),
         (b'["s",0,1,1,2,2,1,0,1,1,8,-8,[],[],[],1,0.1]', "largest decode context must be .*, got -8"),
+        (b'["s",0,1,1,2,2,1,0,1,1,8,8,[],[],[],1,0.1,9,0]', "probe must be a number above 0 or null, got 0"),
+        (
+            b'["s",0,1,1,2,2,1,0,1,1,8,8,[],[],[],1,0.1,9,0.1,1.0]',
+            r"stolen share must be a number from 0 to below 1 or null, got 1\.0",
+        ),
         (b'["a",1.0,true,"x",5,5,0,[]]', "index must be an integer >= 0, got True"),
         (b"\xff\xfe\x00", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
