@@ -11,8 +11,13 @@ from testbed.step_log import LoggedStep, StepLog
 STEP_S = 0.02
 
 
-def log_of(taken_s: list[float], one_thread: bool = True, stolen: float | None = 0.0) -> StepLog:
-    """Steps of 20 ms of work, from whose thread `taken_s` was taken; the third follows a pause of 1 s."""
+def log_of(
+    taken_s: list[float], one_thread: bool = True, stolen: float | None = 0.0, between_s: float = 0.0
+) -> StepLog:
+    """Steps of 20 ms of work, from whose thread `taken_s` was taken; the third follows a pause of 1 s.
+
+    between_s: of work after each step's end, before the next one is scheduled.
+    """
     steps, clock, cpu = [], 5.0, 100.0
     for number, taken in enumerate(taken_s):
         if number == 2:
@@ -25,14 +30,25 @@ def log_of(taken_s: list[float], one_thread: bool = True, stolen: float | None =
                 None, stolen, began,
             )
         )  # fmt: skip
-        clock = end
+        clock, cpu = end + between_s, cpu + between_s
     return StepLog({"async_scheduling": False, "one_thread": one_thread}, steps, {})
 
 
 def test_a_thread_knows_what_it_had_in_each_step() -> None:
-    log = log_of([0.0, 0.01, 0.0, 0.03, 0.3], stolen=0.34 / 0.44)
+    log = log_of([0.0, 0.01, 0.02, 0.03, 0.3], stolen=0.36 / 0.46)
     np.testing.assert_allclose(undisturbed_s(log), STEP_S, rtol=1e-9)
-    np.testing.assert_allclose(log.periods_s(), [0.02, 0.03, 0.02, 0.05, 0.32])
+    np.testing.assert_allclose(log.periods_s(), [0.02, 0.03, 0.04, 0.05, 0.32])
+
+
+def test_work_between_two_steps_belongs_to_the_second() -> None:
+    """As its period does; not so after a pause, whose work is no step's."""
+    log = log_of([0.0, 0.0, 0.0, 0.0], between_s=0.005)
+    np.testing.assert_allclose(undisturbed_s(log), [0.02, 0.025, 0.02, 0.025])
+
+
+def test_no_step_had_more_of_its_core_than_it_took() -> None:
+    log = log_of([0.0] * 9 + [-0.005])  # the clocks are not read at one moment
+    np.testing.assert_allclose(undisturbed_s(log), log.periods_s())
 
 
 def test_what_nobody_stole_is_the_front_ends() -> None:

@@ -46,4 +46,5 @@ def test_stolen_time_stretches_all_steps_alike() -> None:
     for share in (0.0, 1.0):
         assert trace.slowed(0.1, share) == pytest.approx((1.1 * 1.2) ** (1.0 + 0.5 * share))
         assert trace.slowed(0.6, share) == pytest.approx(1.5 * trace.slowed(0.1, share))
+    assert trace.median == pytest.approx(1.1 * 1.2 * 1.25)
     assert not SpeedTrace((1.0,), stretches=(1.0, 1.2)).is_one

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from ersim.config import ExpertConfig, FleetConfig
+from ersim.config import ExpertConfig, FleetConfig, SimulationConfig
 from ersim.errors import ConfigError
 from ersim.prepare import Preparations
-from experiments import validate
+from experiments import profile, validate
 from experiments.live_schema import LiveConfig, simulation
 from experiments.validate import set_runs_aside
 from testbed import foreign_work
 from testbed.fleet_calibration import FleetCalibration
 from testbed.foreign_work import CpuUse
+from testbed.plan import ProfilePlan
 
 Measure = Callable[..., list[str]]
 
@@ -96,3 +97,37 @@ def test_runs_beside_others_work_are_measured_again_on_cpus_only(measure: Measur
     assert [line for line in said if "other work" in line] == [], (
         "servers on GPUs have no use for these cores"
     )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "foreign", "tags"),
+    [
+        ("cpu", (0.5, 0.0, 0.0, 0.3, 0.4, 0.0), ["p3r0t1", "p12r0", "p3r1", "p12r1"]),
+        ("h100-80gb", (), ["p3r0", "p12r0", "p3r1", "p12r1"]),
+    ],
+)
+def test_a_profiles_common_load_beside_others_work_is_driven_again_in_other_words(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, foreign: tuple[float, ...], tags: list[str]
+) -> None:
+    """Of two disturbed attempts at the third load the first was disturbed less."""
+    readings = iter([
+        CpuUse(at_s, (by * at_s,), 0.0, frozenset({0})) for by in foreign for at_s in (0.0, 10.0)
+    ])  # fmt: skip
+    driven: list[tuple[str, int, float, int]] = []
+
+    def run_level(level: SimulationConfig, *rest: Any) -> str:
+        *_, seconds, tag, repeat = rest
+        driven.append((tag, level.seed, seconds, repeat))
+        return str(tag)
+
+    monkeypatch.setattr(profile, "run_level", run_level)
+    monkeypatch.setattr(profile, "say", lambda _: None)
+    monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
+    fleet = FleetConfig("f", experts={"a": ExpertConfig(gpu=gpu)})
+    job = LiveConfig(fleet=fleet, seed=5, plan=ProfilePlan(mixed_users=[3, 12], mixed_s=20.0, rounds=2))
+    nobody: Any = None
+    found = profile._common_load(job, simulation(job, fleet, 1), Preparations(), nobody, nobody, "")
+    assert [str(run) for run in found] == tags
+    assert {(seed, seconds) for _, seed, seconds, _ in driven} == {(5 + 3, 10.0), (5 + 12, 10.0)}
+    assert [repeat for tag, *_, repeat in driven if "t" not in tag] == [0, 0, 1, 1]
+    assert next(readings, None) is None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ersim.config import EngineSettings, ExpertConfig
 from ersim.errors import ConfigError
 from ersim.steptime import build_expert_model
 from ersim.steptime.calibration import save
-from testbed.profile_fit import Profiled, check_kv_cache, fit
+from testbed.profile_fit import Profiled, check_kv_cache, fit, profile_steps
 from testbed.profiling import PhaseTimes, ProfileRun
 from testbed.step_log import LoggedStep, StepLog
 
@@ -61,3 +63,15 @@ def test_a_profile_is_made_with_sixteen_bits_of_cache() -> None:
         ConfigError, match=r"^fleet\.experts\.a\.engine\.kv_cache_dtype must be auto for a prof"
     ):
         check_kv_cache(narrow, "fleet.experts.a")
+
+
+def test_a_profiles_steps_are_those_of_its_phases_without_what_was_stolen() -> None:
+    log = decode_steps()
+    log = dataclasses.replace(log, steps=[dataclasses.replace(one, stolen_share=0.2) for one in log.steps])
+    edge_s = log.steps[100].schedule_s - 1e-6
+    phases = [PhaseTimes("warmup", -1.0, edge_s, 1, 0), PhaseTimes("decode", edge_s, 1e6, 1, 0)]
+    batches, measured_s, slow = profile_steps(log, ProfileRun(phases), None)
+    found = [(batch.decode_seqs, batch.decode_context_tokens) for batch in batches]
+    assert found == [(step.decode_seqs, step.decode_context_tokens) for step in log.steps[100:]]
+    np.testing.assert_allclose(measured_s, 0.8 * log.periods_s()[100:])
+    np.testing.assert_array_equal(slow, np.ones(1100))

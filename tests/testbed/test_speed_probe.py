@@ -79,6 +79,26 @@ def test_what_steps_leave_in_the_caches_is_not_the_host() -> None:
     np.testing.assert_allclose(slow, 1.0, atol=0.012, err_msg="a phase of steps that leave the caches warm")
 
 
+def test_kinds_that_come_in_phases_of_their_own_are_told_apart() -> None:
+    """Bursts of one batch size, as in a plan: about half of the probes near one are of its own kind."""
+    rng = np.random.default_rng(2)
+    rows = np.tile(np.repeat([1, 2, 4, 8], 48), 12).tolist()
+    log = log_of([1.0] * len(rows), rows=rows, after={"2": 0.95})
+    noise = np.exp(0.02 * rng.standard_normal(len(rows)))
+    probes = Probes.of(log)
+    usual = UsualProbe.fit(dataclasses.replace(probes, took_s=probes.took_s * noise))
+    assert usual is not None
+    for kind, factor in (("2", 0.95), ("4", 1.0), (MORE, 1.0)):
+        assert usual.after[kind] / usual.after["1"] == pytest.approx(factor, abs=0.006)
+
+
+def test_the_probe_at_its_start_speaks_for_a_long_step() -> None:
+    log = log_of([1.5, 150.0])
+    steps = [log.steps[0], dataclasses.replace(log.steps[1], probe_s=None)]
+    found = slowness(Probes.of(StepLog(log.meta, steps, {})), UsualProbe(PROBE_S, {}))
+    np.testing.assert_allclose(found, 1.5)
+
+
 def test_few_probes_of_a_kind_say_little() -> None:
     log = log_of([1.0] * 100, rows=[1] * 98 + [0] * 2, after={PREFILL: 2.0})
     usual = UsualProbe.fit(Probes.of(log))

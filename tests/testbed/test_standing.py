@@ -37,7 +37,7 @@ from testbed.standing import (
     standing,
     together,
 )
-from testbed.step_log import LoggedStep, StepLog
+from testbed.step_log import LoggedStep, StepLog, StepRow
 
 META = {"async_scheduling": False}
 RUN = {
@@ -191,6 +191,19 @@ def test_a_stored_run_keeps_its_probes_and_every_round_its_checks(tmp_path: Path
     assert read_speed(folders[0], ["a"], {}, calibration(None)).is_one, "nothing probed, nothing slow"
 
 
+def test_a_stored_run_keeps_what_was_stolen_and_which_step_a_probe_followed(tmp_path: Path) -> None:
+    """Prefill leaves the caches cold: the host is as it was, and a fifth of its time is stolen."""
+    plain = log_of(np.full(100, 0.05), probe_s=0.00033)
+    prefill = (StepRow(0, 64, 0, 64, 64),)
+    changed = {"decode_seqs": 0, "rows": prefill, "stolen_share": 0.2}
+    steps = [dataclasses.replace(step, **changed) for step in plain.steps]  # type: ignore[arg-type]
+    steps_frame(StepLog(META, steps, {}), 0.0).to_parquet(tmp_path / "steps_a.parquet")
+    usual = {"seconds": 0.0002, "after": {"1": 1.0, "prefill": 1.1}}
+    known = dataclasses.replace(calibration(None), provenance={PROBE_KEY: usual})
+    trace = read_speed(tmp_path, ["a"], {}, known)
+    assert trace.at(1.0) == pytest.approx(1.5) and trace.slowed(1.0, 1.0) == pytest.approx(1.5 * 1.25)
+
+
 def test_steps_of_common_load_are_cleared_of_host_and_start_by_replica() -> None:
     logs = [log_of(np.full(60, 0.02), probe_s=0.0003), log_of(np.full(60, 0.02), probe_s=0.0002)]
     checked = Standing(1.3, 0.03, 50)
@@ -198,6 +211,9 @@ def test_steps_of_common_load_are_cleared_of_host_and_start_by_replica() -> None
     felt = 1.5  # every step is one of one row
     np.testing.assert_allclose(first, 1.5**felt, err_msg="the profiled server is its own measure")
     np.testing.assert_allclose(second, together([checked]).factor ** felt)
+    steps = [dataclasses.replace(step, stolen_share=0.2) for step in logs[0].steps]
+    (stolen,) = _slowed("a", [StepLog(META, steps, {})], {}, calibration(0.0002), Fixed())
+    np.testing.assert_allclose(stolen, 1.25 * first)
 
 
 def test_a_validation_takes_the_starts_from_all_its_runs(tmp_path: Path) -> None:
