@@ -7,8 +7,8 @@ other rank) its CPU time says step by step what it would have taken undisturbed;
 stolen share of the last second does, roughly. In a run neighbours and front ends take cores too, which is
 what is predicted: there only stolen time counts, as a factor beside the host's slowness.
 
-Of three profiles under stolen time (two experts each) this took the mean error on single held-out steps from
-9.2 to 7.4 %; in undisturbed profiles threads had their core for 99.7 % of a step.
+With it and `speed_probe` held-out error on medians of like steps was 2.8 to 3.9 % in the first two runs of
+the table in docs/testbed.md, in those before 3.0 to 8.5 %.
 """
 
 from __future__ import annotations
