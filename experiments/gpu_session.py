@@ -88,6 +88,8 @@ def main() -> int:
     parser.add_argument("--users", default="1,10,100,500,1000")
     parser.add_argument("--minutes", type=positive, default=90.0)
     arguments, overrides = parser.parse_known_args()
+    if unknown := [one for one in overrides if one.startswith("--")]:
+        parser.error(f"no such option: {' '.join(unknown)}; settings are given as key=value")
     signal.signal(signal.SIGTERM, _interrupt)
     experts, reports, interrupted = arguments.experts.split(","), [], False
     try:

@@ -130,3 +130,12 @@ def test_a_fleet_is_chosen_only_where_nothing_is(
     monkeypatch.setattr(sys, "argv", ["live", *given])
     assert live.main() == 0
     assert ran == [[*fleet, *given]] * 2
+
+
+def test_an_option_that_nobody_knows_ends_a_session_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--userz", "5"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_session.main()
+    assert ended.value.code == 2 and "no such option: --userz; settings are given" in capsys.readouterr().err
