@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -58,3 +59,51 @@ def test_measured_files_are_small_and_name_no_machine() -> None:
         record = json.loads(path.read_text())
         experts = record["config"]["fleet"]["experts"].values()
         assert {expert["calibration"] for expert in experts} == {"../../large.json", "../../small.json"}
+
+
+def _steps(folder: Path) -> list[pd.DataFrame]:
+    return [pd.read_parquet(folder / f"steps_{name}.parquet") for name in ("large", "small")]
+
+
+def test_long_gateway_times_are_moments_in_which_gateway_or_client_got_no_core() -> None:
+    """At 8 and 16 users: steps go on in both experts, not a token of anyone reaches a client meanwhile."""
+    waits = 0
+    for folder in (path for users in (8, 16) for path in sorted(MEASURED.glob(f"runs/u{users}r?"))):
+        requests, tokens = (pd.read_parquet(folder / f"{one}.parquet") for one in ("requests", "gaps"))
+        for row in requests[requests["gateway_s"] > 0.015].itertuples():
+            inbound_s = row.submit_s - row.send_s
+            back_s = row.gateway_s - inbound_s
+            begin_s = row.send_s if inbound_s > back_s else row.first_token_s - back_s
+            end_s = begin_s + max(inbound_s, back_s)
+            for steps in _steps(folder):
+                over = np.minimum(steps["end_s"], end_s) - np.maximum(
+                    steps["end_s"] - steps["period_s"], begin_s
+                )
+                assert over.clip(lower=0.0).sum() > 0.99 * (end_s - begin_s)
+            seen_s = tokens["end_s"][tokens["end_s"].between(begin_s, end_s)].sort_values()
+            silence_s = np.diff([begin_s, *seen_s, end_s]).max()
+            assert silence_s > 0.95 * (end_s - begin_s)
+            waits += 1
+    assert waits == 13
+
+
+def test_tokens_are_held_up_where_both_cores_compute() -> None:
+    """Steps after which no client saw a token for 50 ms, up to 8 users: with a core free and with none."""
+    held: dict[bool, list[bool]] = {True: [], False: []}
+    for folder in sorted(MEASURED.glob("runs/u[1248]r?")):
+        tokens_s = np.sort(pd.read_parquet(folder / "gaps.parquet")["end_s"])
+        both = _steps(folder)
+        for own, other in (both, both[::-1]):
+            ends_s = own["end_s"].to_numpy()
+            starts_s = ends_s - own["period_s"].to_numpy()
+            other_starts_s = (other["end_s"] - other["period_s"]).to_numpy()
+            follows = np.append(starts_s[1:], np.inf) < ends_s + 0.005
+            upcoming = np.searchsorted(other["end_s"], ends_s, side="right")
+            beside = np.append(other_starts_s, np.inf)[upcoming] < ends_s + 0.01
+            seen = np.searchsorted(tokens_s, ends_s)
+            known = (own["decode_seqs"] > 0).to_numpy() & (seen < len(tokens_s))
+            late = np.append(tokens_s, np.nan)[seen] - ends_s > 0.05
+            for busy, its in held.items():
+                its += late[known & ((follows & beside) == busy)].tolist()
+    assert len(held[True]) > 5000 and np.mean(held[True]) > 0.005
+    assert len(held[False]) > 4000 and np.mean(held[False]) < 0.0005
