@@ -29,6 +29,7 @@ from ersim.steptime.capacity import kv_cache_bytes
 from ersim.steptime.roofline import build_roofline
 from ersim.steptime.specs import canonical_precision, check_tensor_parallel, load_gpu, load_model
 from ersim.steptime.transfer import Setting, build_transfer, nearest
+from experiments.group_values import leave_on_bad_groups
 from experiments.names import check_names
 from experiments.paths import conf_dir
 
@@ -285,6 +286,7 @@ def main() -> None:
     except ErsimError as error:
         print(f"ersim-calibrate: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    leave_on_bad_groups("ersim-calibrate", sys.argv[1:], conf / "calibrate", "calibrate")
     ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
     hydra.main(version_base="1.3", config_path=str(conf / "calibrate"), config_name="calibrate")(_task)()
 

@@ -101,7 +101,7 @@ def fleet_experts(arguments: list[str], conf: Path) -> tuple[str, list[str]] | N
 def config_dirs(arguments: list[str]) -> list[str]:
     """The folders given as `--config-dir FOLDER`, `--config-dir=FOLDER` or `-cd FOLDER`."""
     found = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):  # there may be none
         name, equals, value = argument.partition("=")
         if name in ("--config-dir", "-cd"):
             found.append(value if equals else following)

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
+import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
@@ -28,8 +29,10 @@ from ersim.config import (
     WorkloadConfig,
 )
 from ersim.errors import ConfigError, ErsimError, bad_value
+from experiments.group_values import leave_on_bad_groups
 from experiments.live_check import check_live
 from experiments.names import check_names
+from experiments.paths import conf_dir
 from experiments.schema import TrackingConfig
 from testbed.plan import ProfilePlan
 
@@ -150,9 +153,23 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_command(command: Any, name: str) -> None:
-    """Run a Hydra command over sys.argv; an interrupt is one line and status 130."""
+def run_task(task: Callable[[DictConfig], None], name: str) -> None:
+    """Run a task of conf/live/ on the command line in sys.argv; what is wrong with that is one line."""
+    command = f"ersim-{name}"
+    try:
+        conf = conf_dir()
+    except ErsimError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     sys.argv[1:] = list_overrides(sys.argv[1:])
+    leave_on_bad_groups(command, sys.argv[1:], conf, f"live/{name}")
+    register()
+    started = hydra.main(version_base="1.3", config_path=str(conf), config_name=f"live/{name}")
+    run_command(started(task), command)
+
+
+def run_command(command: Callable[[], None], name: str) -> None:
+    """Run a command; an interrupt is one line and status 130."""
     try:
         command()
     except KeyboardInterrupt:

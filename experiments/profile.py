@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig
@@ -33,14 +32,12 @@ from experiments.live_schema import (
     LiveConfig,
     home,
     one_line_errors,
-    register,
-    run_command,
+    run_task,
     say,
     simulation,
     to_live,
 )
 from experiments.live_tracking import failures_logged, log_profile
-from experiments.paths import conf_dir
 from testbed.contention import Contention, fit_contention
 from testbed.core_time import stretch
 from testbed.expert_server import ServerSpec
@@ -332,11 +329,7 @@ def _task(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line in sys.argv."""
-    register()
-    run_command(
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="live/profile")(_task),
-        "ersim-profile",
-    )
+    run_task(_task, "profile")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ersim.errors import ConfigError, ErsimError
 from ersim.util.files import to_json, write_json
+from experiments.group_values import leave_on_bad_groups
 from experiments.names import check_names
 from experiments.paths import conf_dir
 from experiments.route_schema import ACTIONS, RouteConfig, check, register
@@ -235,6 +236,7 @@ def main() -> None:
             )
             raise SystemExit(2)
         arguments[0] = f"action={arguments[0]}"
+    leave_on_bad_groups("ersim-route", arguments, conf / "route", "route")
     sys.argv[1:] = _overrides_first([*arguments, f"hydra.searchpath=[file://{conf}]"])
     register()
     hydra.main(version_base="1.3", config_path=str(conf / "route"), config_name="route")(_task)()

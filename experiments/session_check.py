@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ersim.errors import ConfigError, ErsimError, bad_value
 from experiments.check import without_hydra
 from experiments.expert_hints import config_dirs
+from experiments.group_values import check_groups
 from experiments.live_schema import LiveConfig, list_overrides, register, to_live
 from experiments.paths import conf_dir
 from testbed.plan import check_common_load, check_plan
@@ -58,6 +59,7 @@ def _overrides(arguments: Sequence[str]) -> list[str] | None:
 
 def _composed(name: str, overrides: list[str]) -> LiveConfig:
     """The checked job that a command would do."""
+    check_groups(overrides, conf_dir(), name)
     settings = HydraConfig.instance()
     before = settings.cfg
     try:
@@ -67,7 +69,7 @@ def _composed(name: str, overrides: list[str]) -> LiveConfig:
         return to_live(without_hydra(config))
     except ErsimError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last for `fleet=null`
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
     finally:
         settings.cfg = before

@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from ersim.errors import ErsimError
 from ersim.util.files import to_json
 from experiments.composition import quicken
+from experiments.group_values import leave_on_bad_groups
 from experiments.paths import conf_dir
 from experiments.schema import register
 
@@ -64,6 +65,7 @@ def main() -> None:
     except ErsimError as error:
         print(f"ersim: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    leave_on_bad_groups("ersim", sys.argv[1:], conf, "config")
     gc.set_threshold(100_000, 20, 20)  # composing makes many small objects that stay: 0.3 s of collections
     register()
     quicken()

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
@@ -34,14 +33,12 @@ from experiments.live_schema import (
     LiveConfig,
     home,
     one_line_errors,
-    register,
-    run_command,
+    run_task,
     say,
     simulation,
     to_live,
 )
 from experiments.live_tracking import failures_logged, log_validation
-from experiments.paths import conf_dir
 from testbed.fleet import LiveFleet, replica_name
 from testbed.fleet_calibration import (
     FleetCalibration,
@@ -488,11 +485,7 @@ def _task(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line in sys.argv."""
-    register()
-    run_command(
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="live/validate")(_task),
-        "ersim-validate",
-    )
+    run_task(_task, "validate")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import yaml
 QUICK = ("uncertainty=none", "workload.requests=150")
 BAD_INPUT = {
     "unknown fleet": (("fleet=er_nope",), 1, ["er_nope", "er_8x8b_fp16", "tp8_70b_fp16"]),
+    "no name for a group": (("fleet=null",), 1, ["ersim: fleet must be one of", "er_mixed", "got 'null'"]),
     "unknown group": (("flet=er_mixed",), 1, ["flet", "did you mean fleet?"]),
     "unknown key": (("workload.think=3",), 1, ["workload", "did you mean think_s?"]),
     "unknown key of an expert": (("fleet.experts.code.modell=x",), 1, ["did you mean model?", "precision"]),

@@ -50,7 +50,7 @@ def test_what_we_ship_can_begin() -> None:
         (["+plan.bogus=1"], r"^plan\.bogus is not known"),
         (["+bogus=1"], "^bogus is not known"),
         (["fleet=live_cpu"], "^fleet=live_cpu has no effect beside expert"),
-        (["fleet=null"], "^Config group override must be a string or a list"),
+        (["fleet=null"], "^fleet must be one of: er_2x70b_fp16, .*; got 'null'; leave it out for"),
     ],
 )  # fmt: skip
 def test_what_either_would_refuse_is_said_first(arguments: list[str], message: str) -> None:
