@@ -29,6 +29,7 @@ from ersim.steptime.capacity import kv_cache_bytes
 from ersim.steptime.roofline import build_roofline
 from ersim.steptime.specs import canonical_precision, check_tensor_parallel, load_gpu, load_model
 from ersim.steptime.transfer import Setting, build_transfer, nearest
+from experiments.folders import check_file
 from experiments.group_values import leave_on_bad_groups
 from experiments.names import check_names
 from experiments.paths import conf_dir
@@ -255,8 +256,8 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
     wanted = list(combinations(config))
     if config.out and len(wanted) != 1:
         raise ConfigError(f"out names one file but {len(wanted)} calibrations are asked for; leave it away")
-    if config.out and Path(config.out).is_dir():
-        raise bad_value("out", "a file to write, not a folder", config.out)
+    if config.out:
+        check_file(Path(config.out), "out")
     for gpu, model, precision, tp in wanted:
         calibration = build(config, gpu, model, precision, tp)
         target = CALIBRATION_DIR / gpu / file_name(model, precision, tp, calibration.source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, open_dict
 
 from ersim.config import SimulationConfig, validate
 from ersim.errors import ErsimError
+from experiments.folders import check_folder
 from experiments.schema import RunConfig, to_run, to_simulation
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class CheckFirst(Callback):
         """Print the error and leave with exit code 2 if the config cannot be simulated."""
         try:
             check(to_simulation(to_run(without_hydra(config))), preparations())
+            check_folder(Path(str(config.hydra.run.dir)), "hydra.run.dir")
         except ErsimError as error:
             print(f"ersim: {error}", file=sys.stderr)
             raise SystemExit(2) from error

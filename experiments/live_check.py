@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ersim.config import ExpertConfig, SimulationConfig, validate
-from ersim.errors import ConfigError, bad_value, unknown_choice
+from ersim.errors import bad_value, unknown_choice
 from ersim.routing import build_balancer, build_policy, create_policy, split_prompts
 from ersim.routing.build import SAVED
 from ersim.routing.policy import ExpertProfile
@@ -18,6 +17,7 @@ from ersim.steptime.expert import load_prices
 from ersim.steptime.specs import CONF_DIR
 from ersim.types import ExpertState, Prompt
 from ersim.workload import build_workload, load_prompt_set
+from experiments.folders import check_folder
 from testbed.gateway.exchange import AUTO_MODELS
 from testbed.live_settings import check_machine, read_live
 
@@ -87,12 +87,3 @@ def _check_router(config: SimulationConfig, prompts: Sequence[Prompt]) -> None:
         return
     train, _ = split_prompts(prompts, router.train_fraction, config.seed)
     build_policy(router, states, [prompts[index] for index in train], config.seed)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ConfigError for a folder that cannot be made, or that cannot be written into."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir():
-        raise ConfigError(f"folder={folder} cannot be made: {there} is a file; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"folder={folder} cannot be written: {there} is not open to you; choose another")

@@ -23,7 +23,7 @@ from ersim.util.files import to_json, write_json
 from experiments.group_values import leave_on_bad_groups
 from experiments.names import check_names
 from experiments.paths import conf_dir
-from experiments.route_schema import ACTIONS, RouteConfig, check, register
+from experiments.route_schema import ACTIONS, OUTPUTS, RouteConfig, check, register
 
 
 def say(text: str) -> None:
@@ -36,7 +36,7 @@ def run_eval(config: RouteConfig) -> dict[str, Any]:
     from experiments.route_eval import evaluate, usable_prompts, without_weights
     from experiments.route_figures import draw
 
-    folder = Path("outputs/route") / config.name
+    folder = OUTPUTS / config.name
     prompts, left_out = usable_prompts(config.set)
     if left_out:
         say(f"{left_out} of {left_out + len(prompts)} prompts left out: not every expert has a label there")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
 
 from ersim.config import FleetConfig, PromptSetConfig, RouterConfig
 from ersim.errors import bad_value, unknown_choice
+from experiments.folders import check_file, check_folder
 from experiments.schema import TrackingConfig
 
 ACTIONS = ("eval", "fit", "time")
+OUTPUTS = Path("outputs/route")
 
 
 @dataclass
@@ -65,5 +68,9 @@ def check(config: RouteConfig) -> None:
         raise bad_value("train", "> 0: a share up to 1 or a number of prompts", config.train)
     if config.seeds < 1:
         raise bad_value("seeds", ">= 1", config.seeds)
-    if config.action == "fit" and config.out is None:
-        raise bad_value("out", "the file to write the policy to, such as out=policy.ersim", None)
+    if config.action == "eval":
+        check_folder(OUTPUTS / config.name, "name")
+    if config.action == "fit":
+        if config.out is None:
+            raise bad_value("out", "the file to write the policy to, such as out=policy.ersim", None)
+        check_file(Path(config.out), "out")

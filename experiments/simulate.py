@@ -50,7 +50,10 @@ def _task(config: DictConfig) -> None:
         return
     from experiments.single import show_single
 
-    show_single(config, summary, folder)
+    try:
+        show_single(config, summary, folder)
+    except ErsimError as error:  # a store that cannot be used
+        raise CompactHydraException(str(error)) from error
 
 
 def main() -> None:

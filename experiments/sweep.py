@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from ersim.errors import ErsimError
 from ersim.util.files import write_json, write_text
 from experiments.check import check_jobs, preparations
+from experiments.folders import check_folder
 from experiments.job import ERROR
 from experiments.schema import RunConfig
 
@@ -43,10 +44,11 @@ def run_sweep(sweeper: ErsimSweeper, arguments: list[str]) -> list[Sequence[JobR
             (" ".join(o for o in own if "hydra" not in o), config)
             for own, config in zip(overrides, composed, strict=True)
         )
+        folder = Path(str(sweeper.config.hydra.sweep.dir)).resolve()
+        check_folder(folder, "hydra.sweep.dir")
     except ErsimError as error:
         print(f"ersim: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    folder = Path(str(sweeper.config.hydra.sweep.dir)).resolve()
     _pin_folder(folder, [sweeper.config, *composed])
     write_text(folder / "multirun.yaml", OmegaConf.to_yaml(sweeper.config))
     write_json(folder / MANIFEST, manifest(folder, runs, overrides, composed))

@@ -20,7 +20,7 @@ from ersim.config import (
     WorkloadConfig,
 )
 from ersim.errors import ConfigError, ErsimError
-from experiments.live_check import check_folder, check_live
+from experiments.live_check import check_live
 from experiments.live_schema import LiveConfig, simulation
 
 
@@ -93,15 +93,3 @@ def test_stored_runs_are_predicted_on_any_machine() -> None:
     with pytest.raises(ConfigError, match=r"fleet\.experts\.a\.live\.cores must be cores of this machine"):
         checked(elsewhere)
     checked(elsewhere, measure=False)
-
-
-def test_a_folder_must_be_one_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_folder(tmp_path / "a" / "b")
-    assert not (tmp_path / "a").exists(), "nothing is made by asking"
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "a"):
-        with pytest.raises(ConfigError, match=re.escape(f"folder={folder} cannot be made: {tmp_path}/file")):
-            check_folder(folder)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root all may be written
-    with pytest.raises(ConfigError, match=re.escape(f"cannot be written: {tmp_path} is not open to you")):
-        check_folder(tmp_path / "a")
