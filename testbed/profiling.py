@@ -21,6 +21,7 @@ from testbed.plan import Burst, ClosedLoop, Phase, ProfilePlan, phases
 from testbed.prompt_tokens import PromptTokens
 
 UNBOUNDED = 10**9
+ENDING_S = 1.0  # a server that has stopped answering takes a moment to end, and then says why
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -94,6 +95,8 @@ class Profiler:
             result.phases.append(PhaseTimes(phase.name, now, time.monotonic(), len(records), failed))
             result.records += records
             self._say(f"{phase.name}: {len(records)} requests, {failed} failed")
+            if records and failed == len(records):
+                await asyncio.sleep(ENDING_S)
             self._check_alive()
             if result.records:
                 check_answered(result)

@@ -109,15 +109,19 @@ def check_standing(
     """Drive the `CHECK` plan through one server while nothing else runs; again where others disturbed it.
 
     alone: step time of its calibration. seed: of the prompts, and as many after it as there may be `TRIES`:
-    prompts seen before would be cached.
+    prompts seen before would be cached. Raises ExpertFailed with the end of its log once it has ended.
     """
     plan = short_enough(CHECK, int(calibration.engine["max_model_len"]))
 
     def check(attempt: int) -> Standing:
-        profiler = Profiler(server.spec.url, server.spec.expert, vocab_size, workload, seed + attempt)
+        profiler = Profiler(
+            server.spec.url, server.spec.expert, vocab_size, workload, seed + attempt,
+            check_alive=server.check_alive,
+        )  # fmt: skip
         began_s = time.monotonic()
         run = asyncio.run(profiler.run(plan, max(plan.decode_batches)))
         time.sleep(FLUSH_S)
+        server.check_alive()
         log = read_step_log(server.spec.steps_path).between(began_s, time.monotonic())
         return standing(log, run, alone, UsualProbe.of(calibration), Sensitivity.of(calibration))
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from ersim.config import EngineSettings, ExpertConfig, FleetConfig
+from ersim.config import EngineSettings, ExpertConfig, FleetConfig, WorkloadConfig
 from ersim.errors import ConfigError
 from ersim.routing import ExpertProfile, create_policy
-from ersim.steptime import ModelSpec, load_model
+from ersim.steptime import ModelSpec, build_expert_model, load, load_model
+from ersim.steptime.calibration import CALIBRATION_DIR
 from testbed.expert_server import (
     ExpertFailed,
     ExpertServer,
@@ -39,6 +40,7 @@ from testbed.live_settings import read_live
 from testbed.plan import ProfilePlan, check_plan, phases
 from testbed.power import PowerSampler
 from testbed.server_log import exceptions
+from testbed.standing import check_standing
 from testbed.weightless import llama_config, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,6 +312,33 @@ def test_servers_start_from_any_folder_and_past_any_proxy(
     finally:
         server.stop()
     assert not server.running and not answers(one.url)
+
+
+DIES_WHEN_ASKED = HEALTHY.replace(
+    "\nvalue =",
+    """
+    def do_POST(self):
+        print("the card fell out", flush=True)
+        os._exit(7)
+
+value =""",
+)
+
+
+def test_an_expert_that_dies_while_it_is_looked_at_alone_shows_its_log(tmp_path: Path) -> None:
+    server = ExpertServer(spec(tmp_path, python=fake_vllm(tmp_path, DIES_WHEN_ASKED)))
+    any_known = load(sorted(CALIBRATION_DIR.rglob("*.json"))[0])
+    known = dataclasses.replace(any_known, engine={**any_known.engine, "max_model_len": 2048})
+    alone = build_expert_model(ExpertConfig(), "expert").step_time()
+    server.start()
+    try:
+        server.wait_ready()
+        began_s = time.monotonic()
+        with pytest.raises(ExpertFailed, match=r"expert e ended with status 7(.|\n)*the card fell out"):
+            check_standing(server, alone, known, 1000, WorkloadConfig(), 1)
+        assert time.monotonic() - began_s < 10
+    finally:
+        server.stop()
 
 
 LIKE_VLLM = """
