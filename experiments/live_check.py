@@ -31,7 +31,9 @@ def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
     """Raise ConfigError or DataError for what neither measuring nor simulating could make use of.
 
     config: the job's simulation at any load. folder: where its files will lie. What a fitted policy says of
-    an expert's price is seen only with the expert's calibration.
+    an expert's price (a budget below it, say) is seen only with the expert's calibration: a price is what a
+    GPU costs over the tokens it makes, which a profile is there to measure. A validation has it, and asks
+    its policy before servers start.
     """
     if not job.users or min(job.users) < 1 or len(set(job.users)) < len(job.users):
         raise bad_value("users", "one or more loads >= 1, each given once", list(job.users))

@@ -55,6 +55,7 @@ from testbed.live_run import LiveRun, check_answered, gateway_settings, level_co
 from testbed.measured import power_figures
 from testbed.measured_run import (
     KIND,
+    check_files,
     check_measured_with,
     read_power,
     read_record,
@@ -114,10 +115,12 @@ def validate(job: LiveConfig) -> dict[str, Any]:
     shared = Preparations()
     digests = calibration_digests(fleet, shared)
     check_digests(known, digests, folder)
+    shared.routing(base)  # a budget that no expert's price meets is refused before a server starts
     if job.measure:
         with failures_logged(job, "validate"):
             _measure(job, base, shared, known, folder)
     check_measured_with(_run_folders(job, folder), digests)
+    _check_stored(job, base, shared, folder)
     runs = _stored_runs(job, folder)
     check_versions(read_versions([folder / "runs" / f"u{users}r0" for users in job.users]), known)
     power = read_power(folder / "runs")
@@ -216,6 +219,19 @@ def _run_folders(job: LiveConfig, folder: Path) -> list[Path]:
     return [folder / "runs" / f"u{users}r{repeat}" for users in job.users for repeat in range(job.repeats)]
 
 
+def _check_stored(job: LiveConfig, base: SimulationConfig, shared: Preparations, folder: Path) -> None:
+    """Raise before anything is simulated for runs that lack a file, are damaged, or measured otherwise."""
+    experts = base.fleet.experts.items()
+    servers = [replica_name(name, i, one.replicas) for name, one in experts for i in range(one.replicas)]
+    for run in _run_folders(job, folder):
+        check_files(run, servers)
+    for users in job.users:
+        level = level_config(base, users, job.seconds)
+        for repeat in range(job.repeats):
+            check_recorded(folder / "runs" / f"u{users}r{repeat}" / "run.json", level)
+        _speeds(job, base, shared, folder, users)
+
+
 def _stored_runs(job: LiveConfig, folder: Path) -> dict[tuple[int, int], Run]:
     """The measured runs, by (users, repeat)."""
     keys = [(users, repeat) for repeat in range(job.repeats) for users in job.users]
@@ -298,8 +314,6 @@ def _compare(
         judged = [answered(run, window) for run in repeats]
         measured = pooled_figures(repeats, window, judged, base.objective)
         level = level_config(base, users, job.seconds)
-        for repeat in range(job.repeats):
-            check_recorded(folder / "runs" / f"u{users}r{repeat}" / "run.json", level)
         spans = [read_span_s(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
         measured["power"] = _power(power, spans, repeats)
         say(f"simulating {users} users")

@@ -67,6 +67,18 @@ def steps_frame(log: StepLog, start_s: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def check_files(folder: Path, servers: Sequence[str]) -> None:
+    """Raise DataError for a table of a run that is not there. servers: names of the experts' replicas."""
+    wanted = {
+        "requests.parquet": "the requests and when they were answered",
+        "gaps.parquet": "the times between their tokens",
+        **{f"steps_{name}.parquet": f"the engine steps of server {name}" for name in servers},
+    }
+    for name, what in wanted.items():
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing ({what}); measure again with ersim-validate")
+
+
 def read_run(folder: Path) -> tuple[pd.DataFrame, Gaps]:
     """Requests and gaps of a run that `write_run` wrote. Raises DataError naming what is missing."""
     try:

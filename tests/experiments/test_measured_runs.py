@@ -107,3 +107,28 @@ def test_tokens_are_held_up_where_both_cores_compute() -> None:
                 its += late[known & ((follows & beside) == busy)].tolist()
     assert len(held[True]) > 5000 and np.mean(held[True]) > 0.005
     assert len(held[False]) > 4000 and np.mean(held[False]) < 0.0005
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "message"),
+    [
+        ("steps_small.parquet", False, "is missing (the engine steps of server small); measure again with"),
+        ("gaps.parquet", False, "is missing (the times between their tokens); measure again with"),
+        ("run.json", False, "it cannot be read: No such file or directory); measure it again"),
+        ("steps_large.parquet", True, "not the steps of a measured run"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named_before_anything_is_simulated(
+    tmp_path: Path, name: str, damaged: bool, message: str
+) -> None:
+    folder = tmp_path / "live_cpu"
+    shutil.copytree(MEASURED, folder)
+    path = folder / "runs" / "u16r2" / name
+    path.write_text("damaged") if damaged else path.unlink()
+    command = [
+        sys.executable, "-m", "experiments.validate", "fleet=live_cpu", f"users={list(LOADS)}",
+        f"folder={folder}", "measure=false", "tracking.enabled=false",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and f"{path}" in done.stderr and message in done.stderr
+    assert "Traceback" not in done.stderr and "simulating" not in done.stderr

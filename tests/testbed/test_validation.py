@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ersim.config import ExpertConfig, FleetConfig, SimulationConfig, WorkloadConfig
+from ersim.config import ExpertConfig, FleetConfig, RouterConfig, SimulationConfig, WorkloadConfig
 from ersim.engine import EngineConfig
 from ersim.errors import ConfigError, DataError
 from ersim.prepare import Preparations
@@ -140,7 +140,7 @@ def test_stored_runs_are_predicted_only_with_what_they_were_measured_with(tmp_pa
     (folder / "run.json").write_text(json.dumps(run))
     fleet = FleetConfig("f", experts={"a": ExpertConfig()})
     job = LiveConfig(fleet=fleet, users=[4], repeats=1, measure=False, folder=str(tmp_path))
-    with pytest.raises(DataError, match="not a whole measured run"):  # its requests: all checks before passed
+    with pytest.raises(DataError, match=r"requests\.parquet is missing \("):  # all checks before passed
         validate(job)
     save_calibration(dataclasses.replace(shipped, residual_rel_std=0.5), tmp_path / "a.json")
     with pytest.raises(DataError, match=r"fleet\.json was made with .*; profile the fleet again"):
@@ -148,4 +148,29 @@ def test_stored_runs_are_predicted_only_with_what_they_were_measured_with(tmp_pa
     digests = {"a": load_calibration(tmp_path / "a.json").digest}
     save_fleet(dataclasses.replace(known, digests=digests), tmp_path)
     with pytest.raises(DataError, match=r"u4r0/run\.json: measured with another .*; measure again"):
+        validate(job)
+
+
+def test_a_budget_that_no_expert_meets_is_refused_before_a_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, calibrations, digests = {}, {}, {}
+    for name, model in (("big", "llama3.1-70b"), ("small", "llama3.1-8b")):
+        path = CALIBRATION_DIR / "h100-80gb" / f"{model}_bf16_tp4_tables.json"
+        save_calibration(load_calibration(path), tmp_path / f"{name}.json")
+        experts[name] = ExpertConfig(model=model, tp=4, gpu="h100-80gb")
+        calibrations[name] = f"{name}.json"
+        digests[name] = load_calibration(tmp_path / f"{name}.json").digest
+    gateway = dict.fromkeys(("network_s", "base_s", "routing_s", "backend_network_s"), 0.001)
+    contention = {name: Contention() for name in experts}
+    save_fleet(FleetCalibration("f", calibrations, contention, gateway, digests=digests), tmp_path)
+
+    def never(*given: object) -> None:
+        raise AssertionError(given)
+
+    monkeypatch.setattr("experiments.validate._measure", never)
+    router = RouterConfig(policy="prompt_length", params={"budget": 1e-6})
+    fleet = FleetConfig("f", experts=experts)
+    job = LiveConfig(fleet=fleet, users=[4], folder=str(tmp_path), router=router)
+    with pytest.raises(ConfigError, match=r"router\.params\.budget must be >= .*, the weak tier's price"):
         validate(job)
