@@ -10,10 +10,11 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ersim.prepare import Preparations
 from ersim.steptime import Calibration, ExpertModel, build_expert_model
 from ersim.steptime.calibration import CALIBRATION_DIR, file_name, save
 from ersim.types import StepTime
-from ersim.util.files import set_aside, to_json, write_json
+from ersim.util.files import WHOLE, set_earlier_aside, to_json, write_json
 from experiments.live_schema import (
     LiveConfig,
     home,
@@ -42,7 +43,7 @@ from testbed.contention import Contention, fit_contention
 from testbed.core_time import stretch
 from testbed.expert_server import ServerSpec
 from testbed.fleet import LiveFleet, replica_name
-from testbed.fleet_calibration import FleetCalibration, calibration_digests, with_calibrations
+from testbed.fleet_calibration import FILE, FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.foreign_work import MOST_CORES, CpuUse, undisturbed
 from testbed.gateway.process import GatewayProcess
@@ -61,18 +62,23 @@ from testbed.waits import extra_waits, gateway_medians, recorded_ways
 
 
 def profile(job: LiveConfig) -> dict[str, Any]:
-    """Profile every expert of the job's fleet; returns the figures that the command prints."""
+    """Profile every expert of the job's fleet; returns the figures that the command prints.
+
+    All is made in profile/, and calibrations come to their place when the last is there: what an earlier
+    profile left stays usable until then.
+    """
     assert job.fleet is not None  # to_live has checked it
     began_s = time.monotonic()
-    folder = home(job)
+    folder, made = home(job), home(job) / "profile"
     for name, expert in job.fleet.experts.items():
         check_plan(job.plan, expert.engine.max_model_len)
         check_kv_cache(expert, f"fleet.experts.{name}")
     check_common_load(job.plan)
-    set_aside(folder / "profile", "*.steps.jsonl")
-    with failures_logged(job, "profile"), LiveFleet(job.fleet, folder / "profile", say) as live:
-        calibrations = {name: _one_expert(job, live, name, folder) for name in job.fleet.experts}
-        known = _together(job, live, calibrations, folder)
+    set_earlier_aside(made, WHOLE, "*.steps.jsonl")
+    with failures_logged(job, "profile"), _said_what_is_kept(folder), LiveFleet(job.fleet, made, say) as live:
+        calibrations = {name: _one_expert(job, live, name, made) for name in job.fleet.experts}
+        known = _together(job, live, calibrations, made)
+    _publish(known, folder)
     figures: dict[str, Any] = {
         "command": "ersim-profile",
         "fleet": job.fleet.name,
@@ -85,6 +91,30 @@ def profile(job: LiveConfig) -> dict[str, Any]:
     write_json(folder / "profile.json", figures)
     _log(job, folder, figures)
     return figures
+
+
+@contextlib.contextmanager
+def _said_what_is_kept(folder: Path) -> Iterator[None]:
+    """When a profile breaks off, say where its own files are, and that an earlier one is as it was."""
+    try:
+        yield
+    except BaseException:
+        made = folder / "profile"
+        kept = [f"what it recorded is in {made}"] if any(made.glob("*.steps.jsonl")) else []
+        kept += [f"the earlier profile in {folder} is as it was"] if (folder / FILE).is_file() else []
+        if kept:
+            say(f"the profile broke off; {'; '.join(kept)}")
+        raise
+
+
+def _publish(known: FleetCalibration, folder: Path) -> None:
+    """Move the calibrations and their figures from profile/ to the fleet's folder; fleet.json is the last."""
+    made = folder / "profile"
+    for name in known.calibrations:
+        for file in (f"{name}.png", f"{name}.json"):
+            os.replace(made / file, folder / file)
+    save_fleet(known, folder)
+    write_json(made / WHOLE, {"experts": list(known.calibrations)})
 
 
 def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Calibration:
@@ -187,10 +217,10 @@ def _together(
     assert job.fleet is not None
     fleet = calibrated_fleet(job.fleet, calibrations, folder)
     config, shared = simulation(job, fleet, 1), Preparations()
-    settings = gateway_settings(config, shared, live, folder / "profile")
+    settings = gateway_settings(config, shared, live, folder)
     profiled = [servers[0].spec.name for servers in live.servers.values()]
     standings = check_all(live, fleet, shared, job.workload, job.seed, say, profiled)
-    with GatewayProcess(settings, folder / "profile") as gateway:
+    with GatewayProcess(settings, folder) as gateway:
         runs = _common_load(job, config, shared, live, settings, gateway.url)
     time.sleep(1.0)
     spans_s = [(run.load.start_s, run.load.end_s) for run in runs]
@@ -204,7 +234,7 @@ def _together(
         model = shared.expert(fleet.experts[name], f"fleet.experts.{name}")
         contention[name] = _contention(name, model, logs, standings, rounds_s, job.seed)
     ways = recorded_ways([run.load for run in runs], runs[-1].access, logs)
-    known = FleetCalibration(
+    return FleetCalibration(
         fleet=job.fleet.name,
         calibrations={name: f"{name}.json" for name in calibrations},
         contention=contention,
@@ -214,8 +244,6 @@ def _together(
         waits=extra_waits(ways),
         digests=calibration_digests(fleet, shared),
     )
-    save_fleet(known, folder)
-    return known
 
 
 def _common_load(

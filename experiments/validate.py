@@ -28,7 +28,7 @@ from ersim.errors import ConfigError, DataError, bad_value
 from ersim.prepare import Preparations
 from ersim.results import COMPLETED, Window
 from ersim.results.compare import VALIDATED, compare
-from ersim.util.files import set_aside, to_json, write_atomically, write_json
+from ersim.util.files import WHOLE, set_earlier_aside, to_json, write_atomically, write_json
 from experiments.live_schema import (
     LiveConfig,
     home,
@@ -87,8 +87,6 @@ BARS_GPU: Mapping[str, float] = {
     "median_ttft_ms": 0.08,
 }
 METRICS = (*VALIDATED, "p99_gateway_ms")
-WHOLE = "whole.json"
-"""Written beside the runs when all of a measurement are there."""
 FROM_PROFILE = (
     "workers", "base_s", "routing_s", "routing_per_char_s", "network_s", "backend_network_s",
 )  # fmt: skip
@@ -148,7 +146,7 @@ def _measure(
 
     Before each round every server answers a few requests alone (see `testbed.standing`).
     """
-    set_runs_aside(folder / "runs")
+    set_earlier_aside(folder / "runs", WHOLE, "*/run.json")
     digests = calibration_digests(base.fleet, shared)
     on_cpu = any(expert.gpu == "cpu" for expert in base.fleet.experts.values())
     with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs", live.gpus):
@@ -168,17 +166,6 @@ def _measure(
                     check_answered(run)
                     write_run(run, level, folder / "runs" / tag, standings, digests, repeat, cores)
     write_json(folder / "runs" / WHOLE, {"users": list(job.users), "repeats": job.repeats})
-
-
-def set_runs_aside(runs: Path) -> None:
-    """Keep what an earlier measurement left: a whole one as runs.previous, one that broke off as runs.broken.
-
-    Each takes the place of its own kind only, so that no failure costs the last whole measurement.
-    """
-    if (runs / WHOLE).is_file():
-        set_aside(runs, WHOLE)
-    else:
-        set_aside(runs, "*/run.json", "broken")
 
 
 def _run_once(

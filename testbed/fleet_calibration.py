@@ -147,7 +147,7 @@ def calibration_digests(fleet: FleetConfig, shared: Preparations) -> dict[str, s
 def check_digests(known: FleetCalibration, digests: Mapping[str, str], folder: Path) -> None:
     """Raise DataError when a calibration is not the one that fleet.json was made with.
 
-    digests: of the files beside it (`calibration_digests`). A profile that broke off leaves new ones.
+    digests: of the files beside it (`calibration_digests`), one of which may have been exchanged since.
     """
     for name, digest in digests.items():
         was = known.digests.get(name)

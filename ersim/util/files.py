@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WHOLE = "whole.json"
+"""Written into the folder of a measurement when all of it is there."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there; on error nothing stays."""
@@ -63,6 +66,18 @@ def set_aside(folder: Path, holds: str, suffix: str = "previous") -> None:
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_earlier_aside(folder: Path, whole: str, holds: str) -> None:
+    """Keep what an earlier measurement left: a whole one as `.previous`, one that broke off as `.broken`.
+
+    Each takes the place of its own kind only, so that no failure costs the last whole one. whole: the file
+    that says so of a folder; holds: what else is worth keeping.
+    """
+    if (folder / whole).is_file():
+        set_aside(folder, whole)
+    else:
+        set_aside(folder, holds, "broken")
 
 
 def write_json(path: Path, value: Any) -> None:

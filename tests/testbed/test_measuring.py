@@ -14,9 +14,9 @@ import pytest
 from ersim.config import ExpertConfig, FleetConfig, SimulationConfig
 from ersim.errors import ConfigError
 from ersim.prepare import Preparations
+from ersim.util.files import WHOLE, set_earlier_aside
 from experiments import profile, validate
 from experiments.live_schema import LiveConfig, simulation
-from experiments.validate import set_runs_aside
 from testbed import foreign_work
 from testbed.fleet_calibration import FleetCalibration
 from testbed.foreign_work import CpuUse
@@ -73,11 +73,11 @@ def test_a_measurement_that_breaks_off_never_costs_the_last_whole_one(
 ) -> None:
     measure()
     runs, previous, broken = (tmp_path / name for name in ("runs", "runs.previous", "runs.broken"))
-    assert json.loads((runs / validate.WHOLE).read_text()) == {"users": [1, 2], "repeats": 2}
+    assert json.loads((runs / WHOLE).read_text()) == {"users": [1, 2], "repeats": 2}
     (runs / "u1r0" / "run.json").write_text("the good one")
     with pytest.raises(ConfigError, match="it died"):
         measure(fails="u2r1")
-    assert (runs / "u1r1" / "run.json").is_file() and not (runs / validate.WHOLE).exists()
+    assert (runs / "u1r1" / "run.json").is_file() and not (runs / WHOLE).exists()
     assert (previous / "u1r0" / "run.json").read_text() == "the good one"
     with pytest.raises(ConfigError, match="it died"):
         measure(fails="u1r0")  # before any run was written
@@ -86,7 +86,7 @@ def test_a_measurement_that_breaks_off_never_costs_the_last_whole_one(
     measure()
     assert (previous / "u1r0" / "run.json").read_text() == "the good one"
     assert (broken / "u1r1" / "run.json").is_file(), "one that left no run takes nobody's place"
-    set_runs_aside(runs)
+    set_earlier_aside(runs, WHOLE, "*/run.json")
     assert (previous / "u1r0" / "run.json").read_text() == "attempt 0" and not runs.exists()
 
 
