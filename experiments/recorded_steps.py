@@ -3,6 +3,11 @@
 A file is the recorder's step log (JSON lines, `testbed.step_log`) or a table (Parquet or CSV) with the
 columns of `COLUMNS`, in recorded order. `ersim-profile` makes both log and calibration in one go; this
 is for logs that were kept, or that come from another machine.
+
+Steps are fitted as long as they took. A profile takes off what the hypervisor or other processes took of a
+CPU and how slow the host was meanwhile (`testbed.core_time`, `testbed.speed_probe`); a log alone does not
+tell when its server had the machine to itself, which that rests on, so nothing is taken off here, and
+`provenance` holds no speed probe. A log from a busy CPU gives a calibration of that CPU as busy as it was.
 """
 
 from __future__ import annotations
@@ -71,7 +76,7 @@ def read_table(path: Path) -> tuple[list[Batch], npt.NDArray[np.float64]]:
 
 
 def usable_steps(log: StepLog) -> tuple[list[Batch], npt.NDArray[np.float64]]:
-    """Batches and periods of a step log, without the first step (it compiles and fills caches)."""
+    """Batches and periods of a step log as recorded, without the first step (it compiles, fills caches)."""
     periods = log.periods_s()
     batches = [step.batch() for step in log.steps]
     keep = [index for index in range(1, len(batches)) if np.isfinite(periods[index]) and periods[index] > 0]

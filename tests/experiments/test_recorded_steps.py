@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ import pandas as pd
 import pytest
 
 from ersim.errors import DataError
-from experiments.recorded_steps import from_steps
+from experiments.recorded_steps import from_steps, usable_steps
+from testbed.step_log import LoggedStep, StepLog
 
 
 def _table(steps: int = 400) -> pd.DataFrame:
@@ -43,6 +45,21 @@ def test_a_table_of_steps_becomes_a_calibration(tmp_path, suffix):
     calibration = from_steps(path, "cpu", "llama-139m", "bf16", 1, seed=0)
     assert (calibration.source, calibration.kv_blocks) == ("steps", 99)
     assert calibration.fit["held_out_mape"] < 0.03
+
+
+def test_a_log_is_fitted_as_long_as_its_steps_took():
+    """Stolen time and slow probes in a log change nothing: only a profile knows when a server was alone."""
+    plain = [
+        LoggedStep(n, t, t, t + 0.01, t + 0.01, 1, 0, 1, 1, 10, 10, (), (), (), 1, 1e-5, None, 2e-4)
+        for n, t in enumerate(np.arange(20) * 0.01)
+    ]
+    stolen = [dataclasses.replace(step, stolen_share=0.5, probe_s=6e-4) for step in plain]
+    (batches, told), (_, busy) = (
+        usable_steps(StepLog({"async_scheduling": False}, s, {})) for s in (plain, stolen)
+    )
+    assert len(batches) == 19, "the first compiles"
+    np.testing.assert_allclose(told, 0.01)
+    np.testing.assert_array_equal(told, busy)
 
 
 def test_a_missing_column_and_bad_prefills_are_named(tmp_path):
