@@ -35,6 +35,8 @@ def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
     GPU costs over the tokens it makes, which a profile is there to measure. A validation has it, and asks
     its policy before servers start.
     """
+    if not all(isinstance(one, int) for one in job.users):  # OmegaConf lets lists in a list of numbers pass
+        raise bad_value("users", "whole numbers, as users=1,2,4", list(job.users))
     if not job.users or min(job.users) < 1 or len(set(job.users)) < len(job.users):
         raise bad_value("users", "one or more loads >= 1, each given once", list(job.users))
     for name in ("repeats", "replications"):

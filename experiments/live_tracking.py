@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ersim.errors import ErsimError
 from experiments.live_schema import LiveConfig, say
 from experiments.tracking import connect, experiment_id, metric_name
 
@@ -45,16 +46,32 @@ def _finish(
 
 @contextlib.contextmanager
 def failures_logged(job: LiveConfig, kind: str) -> Iterator[None]:
-    """Leave a FAILED run with the error in MLflow when what happens inside raises; the error goes on."""
+    """Leave a FAILED run with the error in MLflow when what happens inside raises; the error goes on.
+
+    Raises ConfigError, before anything happens inside, for a store that cannot be used; one that stops
+    answering meanwhile costs a line.
+    """
+    tracked = job.tracking.enabled is not False and job.fleet is not None
+    if tracked:
+        connect(job.tracking.uri)
     try:
         yield
     except BaseException as error:
-        if job.tracking.enabled is not False and job.fleet is not None:
-            client, run_id = _new_run(job, f"{kind} {job.fleet.name}", kind)
-            client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:5000])
-            client.set_terminated(run_id, "FAILED")
-            say(f"MLflow: failed run {run_id}")
+        if tracked:
+            try:
+                _log_failure(job, kind, error)
+            except ErsimError as unlogged:
+                say(f"not logged: {unlogged}")
         raise
+
+
+def _log_failure(job: LiveConfig, kind: str, error: BaseException) -> None:
+    """One FAILED run with the error's text."""
+    assert job.fleet is not None
+    client, run_id = _new_run(job, f"{kind} {job.fleet.name}", kind)
+    client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:5000])
+    client.set_terminated(run_id, "FAILED")
+    say(f"MLflow: failed run {run_id}")
 
 
 def log_profile(job: LiveConfig, folder: Path, figures: Mapping[str, Any]) -> None:

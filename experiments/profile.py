@@ -74,8 +74,11 @@ def profile(job: LiveConfig) -> dict[str, Any]:
         check_plan(job.plan, expert.engine.max_model_len)
         check_kv_cache(expert, f"fleet.experts.{name}")
     check_common_load(job.plan)
-    set_earlier_aside(made, WHOLE, "*.steps.jsonl")
-    with failures_logged(job, "profile"), _said_what_is_kept(folder), LiveFleet(job.fleet, made, say) as live:
+    with (
+        failures_logged(job, "profile"),
+        _said_what_is_kept(folder),
+        _started(job.fleet, made) as live,
+    ):
         calibrations = {name: _one_expert(job, live, name, made) for name in job.fleet.experts}
         known = _together(job, live, calibrations, made)
     _publish(known, folder)
@@ -91,6 +94,12 @@ def profile(job: LiveConfig) -> dict[str, Any]:
     write_json(folder / "profile.json", figures)
     _log(job, folder, figures)
     return figures
+
+
+def _started(fleet: FleetConfig, made: Path) -> LiveFleet:
+    """The fleet's servers, to be entered; what an earlier profile left in their folder is set aside."""
+    set_earlier_aside(made, WHOLE, "*.steps.jsonl")
+    return LiveFleet(fleet, made, say)
 
 
 @contextlib.contextmanager

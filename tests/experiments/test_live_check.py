@@ -35,6 +35,8 @@ def checked(expert: dict[str, Any] | None = None, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"users": [0]}, "users must be one or more loads >= 1"),
+        ({"users": [[1]]}, "users must be whole numbers, as users=1,2,4, got [[1]]"),
+        ({"users": [{}]}, "users must be whole numbers, as users=1,2,4, got [{}]"),
         ({"users": [4, 4]}, "each given once, got [4, 4]"),
         ({"repeats": 0}, "repeats must be >= 1, got 0"),
         ({"seconds": float("inf")}, "seconds must be a number of seconds > 0, got inf"),

@@ -16,6 +16,7 @@ import yaml
 
 from ersim.config import ExpertConfig, FleetConfig, GatewayConfig, SimulationConfig
 from ersim.errors import ConfigError, DataError
+from experiments import live_tracking
 from experiments.gpu_session import commands, measure
 from experiments.live import split_arguments
 from experiments.live_schema import LiveConfig, list_overrides
@@ -230,6 +231,30 @@ def test_a_failed_measurement_is_a_failed_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError), failures_logged(job, "validate"):
         raise ConfigError("again")
     assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+def test_a_store_that_cannot_be_used_neither_costs_a_measurement_nor_hides_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    job = LiveConfig(fleet=FleetConfig("f", experts={"a": ExpertConfig()}))
+    job.tracking.uri = f"sqlite:///{tmp_path}/file/runs.db"
+    began: list[str] = []
+    with (
+        pytest.raises(ConfigError, match=r"tracking\.uri .* cannot be used"),
+        failures_logged(job, "profile"),
+    ):
+        began.append("servers")
+    assert not began, "it is asked before anything starts"
+    monkeypatch.setattr(live_tracking, "connect", lambda uri: None)
+
+    def gone(*given: object) -> None:
+        raise ConfigError("the store is gone")
+
+    monkeypatch.setattr(live_tracking, "_new_run", gone)
+    with pytest.raises(ConfigError, match="it died"), failures_logged(job, "profile"):
+        raise ConfigError("it died")
+    assert "not logged: the store is gone" in capsys.readouterr().err
 
 
 def test_a_validation_is_logged_with_its_intervals_and_power(tmp_path: Path) -> None:
