@@ -81,15 +81,19 @@ def project_requirements() -> list[str]:
     return list(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
 
 
-def project_files() -> list[str]:
-    """Files of this checkout that are tracked or could be. Raises ConfigError outside of a git checkout."""
+def project_files(out: Path) -> list[str]:
+    """Files of this checkout that are tracked or could be, but for those in `out`, which is being written.
+
+    Raises ConfigError outside of a git checkout.
+    """
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if listed.returncode:
         raise ConfigError(f"the project is packed from its git checkout: {listed.stderr.strip()}")
-    return sorted(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
+    named = (name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
+    return sorted(name for name in named if out.resolve() not in (ROOT / name).resolve().parents)
 
 
 def stored(wheel: Path, target: Path, drop: Sequence[str]) -> int:
@@ -115,7 +119,7 @@ def pack(wheels: Path, out: Path, piece_bytes: int, drop: Sequence[str]) -> dict
             dropped += stored(wheel, again, drop if wheel.name.startswith("vllm-") else ())
             bundle.add(again, f"wheels/{wheel.name}")
             again.unlink()
-        for name in project_files():
+        for name in project_files(out):
             bundle.add(ROOT / name, f"ersim/{name}", recursive=False)
     writer.finish()
     if drop and not dropped:
