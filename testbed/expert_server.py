@@ -187,6 +187,19 @@ def server_command(spec: ServerSpec) -> list[str]:
     return command + engine_arguments(spec.engine) + [str(argument) for argument in live.args]
 
 
+def supervised_command(spec: ServerSpec) -> list[str]:
+    """The command line of the supervisor that runs the server, bound to its cores where it is one process.
+
+    Unbound, Linux moves it to where others run, and lets those wait for a core for up to a second meanwhile
+    (docs/testbed.md). vLLM binds what it starts only where there are several ranks; several front ends go
+    where they like, for the engine's core is not theirs.
+    """
+    one_process = spec.tp == 1 and spec.live.api_servers == 1
+    bound = spec.live.device == "cpu" and one_process and spec.cores
+    cores = ["--cores", ",".join(map(str, spec.cores))] if bound else []
+    return [sys.executable, "-m", "testbed.supervisor", *cores, "--", *server_command(spec)]
+
+
 def cores_of_ranks(cores: Sequence[int], tp: int) -> list[list[int]]:
     """The cores of each tensor-parallel rank: neighbours in the list, as many for each."""
     each = len(cores) // tp
@@ -242,7 +255,7 @@ class ExpertServer:
         check_model_folder(self.spec.model, self.spec.key)
         check_port(self.spec.port, self.spec.key)
         self.spec.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "testbed.supervisor", "--", *server_command(self.spec)]
+        command = supervised_command(self.spec)
         with open(self.spec.log_path, "ab") as log:
             self._log_start = log.tell()  # what an earlier start wrote is not this one's
             self._process = subprocess.Popen(

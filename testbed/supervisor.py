@@ -1,9 +1,10 @@
 """Run a command so that it cannot outlive whoever started it.
 
-``python -m testbed.supervisor -- command...`` starts the command in its own process group and
-waits. When standard input reaches its end (the starter closed it, crashed or was killed) or a
-termination signal arrives, the whole group gets SIGINT, then SIGTERM, then SIGKILL. Should the
-supervisor itself be killed, Linux sends the command SIGTERM. Exit status: the command's own.
+``python -m testbed.supervisor [--cores 0,1] -- command...`` starts the command in its own process group,
+bound to these cores if any are given, and waits. When standard input reaches its end (the starter closed
+it, crashed or was killed) or a termination signal arrives, the whole group gets SIGINT, then SIGTERM, then
+SIGKILL. Should the supervisor itself be killed, Linux sends the command SIGTERM. Exit status: the command's
+own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = {signal.SIGINT: 6.0, signal.SIGTERM: 4.0, signal.SIGKILL: 5.0}
@@ -66,13 +67,26 @@ def parent_death_signal() -> Callable[[], None] | None:
     return ask
 
 
-def supervise(command: list[str]) -> int:
+def bound_to(cores: Collection[int]) -> Callable[[], None]:
+    """What a child does first: bind itself, and with it all that it starts, and ask for the death signal."""
+    ask = parent_death_signal()
+
+    def prepare() -> None:
+        if ask is not None:
+            ask()
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    return prepare
+
+
+def supervise(command: list[str], cores: Collection[int] = ()) -> int:
     """Run the command until it ends or the starter does; returns its exit status."""
     wake_read, wake_write = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda got, _frame: os.write(wake_write, bytes([got])))
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=parent_death_signal()
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=bound_to(cores)
     )
     try:
         while process.poll() is None:
@@ -88,13 +102,15 @@ def supervise(command: list[str]) -> int:
 
 def main() -> int:
     """Entry point of ``python -m testbed.supervisor``."""
-    command = sys.argv[1:]
+    command, cores = sys.argv[1:], set[int]()
+    if command[:1] == ["--cores"]:
+        cores, command = {int(core) for core in command[1].split(",")}, command[2:]
     if command[:1] == ["--"]:
         command = command[1:]
     if not command:
-        print("usage: python -m testbed.supervisor -- command [arguments]", file=sys.stderr)
+        print("usage: python -m testbed.supervisor [--cores 0,1] -- command [arguments]", file=sys.stderr)
         return 2
-    status = supervise(command)
+    status = supervise(command, cores)
     return status if status >= 0 else 128 - status
 
 

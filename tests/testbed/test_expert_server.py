@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,7 +17,14 @@ import pytest
 from ersim.config import EngineSettings, validate_engine
 from ersim.errors import ConfigError
 from testbed import vllm_serve
-from testbed.expert_server import ExpertServer, ServerSpec, check_port, check_vllm, server_command
+from testbed.expert_server import (
+    ExpertServer,
+    ServerSpec,
+    check_port,
+    check_vllm,
+    server_command,
+    supervised_command,
+)
 from testbed.live_settings import read_live
 
 CHANGED: dict[str, Any] = {
@@ -53,6 +62,24 @@ def test_flags_are_those_of_vllm() -> None:
     assert command[command.index("--kv-cache-dtype") + 1] == "fp8"
     assert "--no-scheduler-reserve-full-isl" in command
     assert "--scheduler-reserve-full-isl" in server_command(spec(EngineSettings()))
+
+
+def test_a_server_of_one_process_is_bound_to_its_cores() -> None:
+    one = spec(EngineSettings(), cores=[[0]])
+    several = (dataclasses.replace(one, tp=2), spec(EngineSettings(), cores=[[0]], api_servers=2))
+    elsewhere = (spec(EngineSettings(), device="gpu"), dataclasses.replace(one, cores=()))
+    assert supervised_command(one)[2:6] == ["testbed.supervisor", "--cores", "0", "--"]
+    for unbound in (*several, *elsewhere):
+        assert supervised_command(unbound)[2:4] == ["testbed.supervisor", "--"]
+
+
+def test_the_supervisor_binds_what_it_runs_and_not_itself() -> None:
+    core = min(os.sched_getaffinity(0))
+    bound = "import os; print(os.sched_getaffinity(0), os.sched_getaffinity(os.getppid()))"
+    command = [sys.executable, "-m", "testbed.supervisor", "--cores", str(core), "--"]
+    with subprocess.Popen([*command, sys.executable, "-c", bound], stdin=-1, stdout=-1, text=True) as ran:
+        assert ran.stdout is not None
+        assert ran.stdout.read() == f"{ {core} } {os.sched_getaffinity(0)}\n"
 
 
 def test_several_front_ends_are_served_by_our_own_launcher() -> None:
