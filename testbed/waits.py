@@ -4,9 +4,7 @@ Gateway, front end and client are processes that wait for a core like any other:
 median way takes two milliseconds and one in a hundred takes fifty, more of them the more requests are
 under way. The simulator's gateway gets the medians; what a recorded request took beyond them, one that was
 sent among as many others, is drawn for each simulated one and added to what its client sees. It moves no
-arrival at an engine: that would matter only to steps that are about to start. Where experts take all cores a
-process may get none for up to a second; a profile records hardly one such moment, so that far tail is not
-predicted (docs/testbed.md).
+arrival at an engine: that would matter only to steps that are about to start.
 """
 
 from __future__ import annotations

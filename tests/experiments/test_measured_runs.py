@@ -25,7 +25,7 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(MEASURED, folder)
     command = [
         sys.executable, "-m", "experiments.validate", "fleet=live_cpu", f"users={list(LOADS)}",
-        f"folder={folder}", "measure=false", "replications=4", "tracking.enabled=false",
+        f"folder={folder}", "measure=false", "tracking.enabled=false",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def test_every_bar_that_the_live_loop_must_meet_is_met(predicted: Path) -> None:
 def test_most_figures_lie_in_their_intervals(predicted: Path) -> None:
     rows = pd.read_csv(predicted / "validation.csv")
     assert set(rows["users"]) == set(LOADS) and len(rows) == 110
-    assert rows["inside"].mean() > 0.75, "four replications make rough intervals"
+    assert rows["inside"].mean() > 0.85
 
 
 def test_steps_held_out_were_predicted_within_five_percent() -> None:
@@ -61,38 +61,20 @@ def test_measured_files_are_small_and_name_no_machine() -> None:
         assert {expert["calibration"] for expert in experts} == {"../../large.json", "../../small.json"}
 
 
-def _steps(folder: Path) -> list[pd.DataFrame]:
-    return [pd.read_parquet(folder / f"steps_{name}.parquet") for name in ("large", "small")]
+def test_no_request_waits_long_at_the_gateway() -> None:
+    """Gateway and client share the experts' cores; with servers bound to theirs they get one in time."""
+    waits_s = [
+        pd.read_parquet(path)["gateway_s"].dropna() for path in MEASURED.glob("runs/u*/requests.parquet")
+    ]
+    assert sum(map(len, waits_s)) > 700 and max(wait.max() for wait in waits_s) < 0.015
 
 
-def test_long_gateway_times_are_moments_in_which_gateway_or_client_got_no_core() -> None:
-    """At 8 and 16 users: steps go on in both experts, not a token of anyone reaches a client meanwhile."""
-    waits = 0
-    for folder in (path for users in (8, 16) for path in sorted(MEASURED.glob(f"runs/u{users}r?"))):
-        requests, tokens = (pd.read_parquet(folder / f"{one}.parquet") for one in ("requests", "gaps"))
-        for row in requests[requests["gateway_s"] > 0.015].itertuples():
-            inbound_s = row.submit_s - row.send_s
-            back_s = row.gateway_s - inbound_s
-            begin_s = row.send_s if inbound_s > back_s else row.first_token_s - back_s
-            end_s = begin_s + max(inbound_s, back_s)
-            for steps in _steps(folder):
-                over = np.minimum(steps["end_s"], end_s) - np.maximum(
-                    steps["end_s"] - steps["period_s"], begin_s
-                )
-                assert over.clip(lower=0.0).sum() > 0.99 * (end_s - begin_s)
-            seen_s = tokens["end_s"][tokens["end_s"].between(begin_s, end_s)].sort_values()
-            silence_s = np.diff([begin_s, *seen_s, end_s]).max()
-            assert silence_s > 0.95 * (end_s - begin_s)
-            waits += 1
-    assert waits == 13
-
-
-def test_tokens_are_held_up_where_both_cores_compute() -> None:
-    """Steps after which no client saw a token for 50 ms, up to 8 users: with a core free and with none."""
-    held: dict[bool, list[bool]] = {True: [], False: []}
+def test_no_token_is_held_up_while_both_cores_compute() -> None:
+    """After no step, up to 8 users, with the other expert in one too, did clients see nothing for 50 ms."""
+    late: list[bool] = []
     for folder in sorted(MEASURED.glob("runs/u[1248]r?")):
         tokens_s = np.sort(pd.read_parquet(folder / "gaps.parquet")["end_s"])
-        both = _steps(folder)
+        both = [pd.read_parquet(folder / f"steps_{name}.parquet") for name in ("large", "small")]
         for own, other in (both, both[::-1]):
             ends_s = own["end_s"].to_numpy()
             starts_s = ends_s - own["period_s"].to_numpy()
@@ -102,33 +84,6 @@ def test_tokens_are_held_up_where_both_cores_compute() -> None:
             beside = np.append(other_starts_s, np.inf)[upcoming] < ends_s + 0.01
             seen = np.searchsorted(tokens_s, ends_s)
             known = (own["decode_seqs"] > 0).to_numpy() & (seen < len(tokens_s))
-            late = np.append(tokens_s, np.nan)[seen] - ends_s > 0.05
-            for busy, its in held.items():
-                its += late[known & ((follows & beside) == busy)].tolist()
-    assert len(held[True]) > 5000 and np.mean(held[True]) > 0.005
-    assert len(held[False]) > 4000 and np.mean(held[False]) < 0.0005
-
-
-@pytest.mark.parametrize(
-    ("name", "damaged", "message"),
-    [
-        ("steps_small.parquet", False, "is missing (the engine steps of server small); measure again with"),
-        ("gaps.parquet", False, "is missing (the times between their tokens); measure again with"),
-        ("run.json", False, "it cannot be read: No such file or directory); measure it again"),
-        ("steps_large.parquet", True, "not the steps of a measured run"),
-    ],
-)
-def test_a_file_that_is_not_there_is_named_before_anything_is_simulated(
-    tmp_path: Path, name: str, damaged: bool, message: str
-) -> None:
-    folder = tmp_path / "live_cpu"
-    shutil.copytree(MEASURED, folder)
-    path = folder / "runs" / "u16r2" / name
-    path.write_text("damaged") if damaged else path.unlink()
-    command = [
-        sys.executable, "-m", "experiments.validate", "fleet=live_cpu", f"users={list(LOADS)}",
-        f"folder={folder}", "measure=false", "tracking.enabled=false",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1 and f"{path}" in done.stderr and message in done.stderr
-    assert "Traceback" not in done.stderr and "simulating" not in done.stderr
+            held = np.append(tokens_s, np.nan)[seen] - ends_s > 0.05
+            late += held[known & follows & beside].tolist()
+    assert len(late) > 5000 and not any(late)
