@@ -1,7 +1,8 @@
 """Packs vLLM, this project and what both need, for a GPU machine that reaches no package index.
 
 ``python -m experiments.offline_bundle --out FOLDER [--vllm 0.26.0] [--there FILE] [--leave-out a,b]
-[--drop PATTERN] [--piece-mib 55]``, or ``@FILE`` with such arguments: ``@experiments/bundle_hopper.txt``.
+[--drop PATTERN] [--piece-mib 55] [--python 3.12]``, or ``@FILE`` with such arguments, as
+``@experiments/bundle_hopper.txt``.
 --there is what ``python3 -m pip list --format=freeze`` prints on that machine; what it names is not carried.
 --leave-out names packages that are not carried, nor what only they need; --drop, files of the vLLM wheel
 that a GPU or a model does not use. Run it with the Python version of that machine (the wheels are for it)
@@ -30,12 +31,14 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from ersim.errors import ConfigError, ErsimError
+from experiments.folders import check_folder
 from experiments.offline_packages import Package, needed, pip, read_installed, resolve, unmet
 from testbed.arguments import whole
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB_BYTES = 2**20
-REFUSED = 2
+REFUSED, INTERRUPTED = 2, 130
+OWN_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 class PieceWriter(io.RawIOBase):
@@ -81,49 +84,42 @@ def project_requirements() -> list[str]:
     return list(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
 
 
-def project_files(out: Path) -> list[str]:
-    """Files of this checkout that are tracked or could be, but for those in `out`, which is being written.
-
-    Raises ConfigError outside of a git checkout.
-    """
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def project_files() -> list[str]:
+    """The tracked files of this checkout, as they are now. Raises ConfigError outside of a git checkout."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         raise ConfigError(f"the project is packed from its git checkout: {listed.stderr.strip()}")
-    named = (name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
-    return sorted(name for name in named if out.resolve() not in (ROOT / name).resolve().parents)
+    return sorted(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
 
 
-def stored(wheel: Path, target: Path, drop: Sequence[str]) -> int:
-    """Write a wheel again, uncompressed (the whole is compressed), without files that match; their number."""
-    dropped = 0
+def stored(wheel: Path, target: Path, drop: Sequence[str]) -> set[str]:
+    """Write a wheel again, uncompressed (the whole is compressed), without files that match; what matched."""
+    met: set[str] = set()
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
         for entry in old.infolist():
-            if any(fnmatch.fnmatchcase(entry.filename, pattern) for pattern in drop):
-                dropped += 1
-            else:
+            patterns = {pattern for pattern in drop if fnmatch.fnmatchcase(entry.filename, pattern)}
+            met |= patterns
+            if not patterns:
                 kept = zipfile.ZipInfo(entry.filename, entry.date_time)
                 kept.external_attr = entry.external_attr
                 new.writestr(kept, old.read(entry))
-    return dropped
+    return met
 
 
 def pack(wheels: Path, out: Path, piece_bytes: int, drop: Sequence[str]) -> dict[str, str]:
     """Pack the wheels and the project into pieces in `out`; digests by name. ConfigError: idle `drop`."""
-    writer, dropped = PieceWriter(out, piece_bytes), 0
+    writer, met = PieceWriter(out, piece_bytes), set[str]()
     with tarfile.open(fileobj=writer, mode="w|xz") as bundle, tempfile.TemporaryDirectory() as scratch:
         for wheel in sorted(wheels.glob("*.whl")):
             again = Path(scratch, wheel.name)
-            dropped += stored(wheel, again, drop if wheel.name.startswith("vllm-") else ())
+            met |= stored(wheel, again, drop if wheel.name.startswith("vllm-") else ())
             bundle.add(again, f"wheels/{wheel.name}")
             again.unlink()
-        for name in project_files(out):
+        for name in project_files():
             bundle.add(ROOT / name, f"ersim/{name}", recursive=False)
     writer.finish()
-    if drop and not dropped:
-        raise ConfigError(f"--drop must match files of the vLLM wheel, got {', '.join(drop)}")
+    if idle := [pattern for pattern in drop if pattern not in met]:
+        raise ConfigError(f"--drop must match files of the vLLM wheel, got {', '.join(idle)}")
     return writer.digests
 
 
@@ -142,8 +138,7 @@ def bundle(carried: Sequence[Package], out: Path, piece_bytes: int, drop: Sequen
 
 def describe(out: Path, digests: Mapping[str, str], packages: Sequence[str]) -> None:
     """Write manifest.json, which a bundle is unpacked by, and unpack.py beside it."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    manifest = {"python": python, "pieces": digests, "packages": packages}
+    manifest = {"python": OWN_PYTHON, "pieces": digests, "packages": packages}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
     shutil.copy(Path(__file__).with_name("unpack_bundle.py"), out / "unpack.py")
 
@@ -164,7 +159,33 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--leave-out", action="append", default=[], help="packages not carried, by commas")
     made.add_argument("--drop", action="append", default=[], help="files of the vLLM wheel not carried")
     made.add_argument("--piece-mib", type=whole(1), default=55)
+    made.add_argument("--python", default=OWN_PYTHON, help="of that machine: must be this one's, as 3.12")
     return made
+
+
+def holds_project(folder: Path) -> bool:
+    """Whether tracked files lie in a folder."""
+    return any(folder.resolve() in (ROOT / name).parents for name in project_files())
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for what can be known before anything is fetched."""
+    if arguments.python != OWN_PYTHON:
+        raise ConfigError(
+            f"--python must be this interpreter's, {OWN_PYTHON}, got {arguments.python}: "
+            f"run it in an environment of Python {arguments.python}"
+        )
+    if arguments.drop and not arguments.vllm:
+        raise ConfigError("--drop has no effect without --vllm: name its version, or leave --drop out")
+    if arguments.out.resolve() == ROOT or holds_project(arguments.out):
+        raise ConfigError(f"--out must be a folder for the bundle alone, got {arguments.out}; choose another")
+    check_folder(arguments.out, "--out")
+
+
+def left_out(arguments: argparse.Namespace) -> set[str]:
+    """The packages that --leave-out names."""
+    names = (name for text in arguments.leave_out for name in text.split(","))
+    return {canonicalize_name(name) for name in names if name}
 
 
 def main() -> int:
@@ -173,18 +194,28 @@ def main() -> int:
     wanted = project_requirements() + ([f"vllm=={arguments.vllm}"] if arguments.vllm else [])
     try:
         installed = read_installed(arguments.there) if arguments.there else {}
-        left_out = {canonicalize_name(name) for text in arguments.leave_out for name in text.split(",")}
+        check(arguments)
         print("finding out what is needed (some minutes)", file=sys.stderr)
-        carried = needed(wanted, resolve(wanted), installed.keys() | left_out)
+        packages = resolve(wanted)
+        if unknown := sorted(left_out(arguments) - packages.keys()):
+            raise ConfigError(f"--leave-out must name packages that are needed, got {', '.join(unknown)}")
+        carried = needed(wanted, packages, installed.keys() | left_out(arguments))
         print(f"packing {len(carried)} packages and the project (some minutes)", file=sys.stderr)
         digests = bundle(carried, arguments.out, arguments.piece_mib * MIB_BYTES, arguments.drop)
     except (ErsimError, OSError) as error:
         print(f"offline_bundle: {error}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        print("offline_bundle: interrupted; the bundle is not whole", file=sys.stderr)
+        return INTERRUPTED
     total = sum((arguments.out / name).stat().st_size for name in digests)
-    packages = [one.pinned for one in carried]
-    report = {"out": str(arguments.out), "pieces": len(digests), "bytes": total, "packages": packages}
-    print(json.dumps({"command": "offline_bundle", **report, "other_release": unmet(carried, installed)}))
+    names = [one.pinned for one in carried]
+    report = {"out": str(arguments.out), "pieces": len(digests), "bytes": total, "packages": names}
+    print(
+        json.dumps(
+            {"command": "offline_bundle", **report, "other_release": unmet(wanted, carried, installed)}
+        )
+    )
     return 0
 
 

@@ -116,15 +116,19 @@ def _holds(requirement: Requirement, extras: Collection[str]) -> bool:
     return any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
-def unmet(carried: Iterable[Package], installed: Mapping[str, str | None]) -> list[str]:
-    """Lines about what is there in another release than a carried package asks for."""
+def unmet(
+    wanted: Iterable[str], carried: Iterable[Package], installed: Mapping[str, str | None]
+) -> list[str]:
+    """Lines about what is there in another release than a carried package, or this project, asks for."""
     lines = []
-    for package in carried:
+    project = Package("ersim", "", tuple(map(Requirement, wanted)))
+    for package in (project, *carried):
         for requirement in package.requires:
             version = installed.get(canonicalize_name(requirement.name))
             if version is None or not _holds(requirement, ()):
                 continue
             if not requirement.specifier.contains(version, prereleases=True):
-                asked = f"{package.pinned} asks for {requirement.specifier}"
+                who = package.pinned if package.version else package.name
+                asked = f"{who} asks for {requirement.specifier}"
                 lines.append(f"{requirement.name} {version} is there, {asked}")
     return lines

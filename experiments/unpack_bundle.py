@@ -1,8 +1,10 @@
 """Unpacks what ``python -m experiments.offline_bundle`` packed: ``python3 unpack.py TARGET``.
 
 It stands beside the pieces as unpack.py, and needs nothing but Python and its pip. The packages go to
-TARGET/site, the project to TARGET/ersim; nothing that is installed is touched. The last lines printed say
-how to go on. A piece that is missing or damaged is named (status 1). Run again, it does nothing.
+TARGET/site, the project to TARGET/ersim; nothing that is installed is touched, and no folder that this did
+not make. Another bundle into the same TARGET keeps the project of the one before, with all that was measured
+in it, as TARGET/ersim.previous. The last lines printed say how to go on. A piece that is missing or damaged
+is named (status 1). Run again, it does nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-DONE = "unpacked.json"
+BEGUN, DONE = ".ersim-bundle", "unpacked.json"
 
 
 class Pieces(io.RawIOBase):
@@ -59,15 +61,31 @@ def check(folder: Path, manifest: dict[str, object]) -> list[Path]:
     return pieces
 
 
+def make_room(target: Path) -> None:
+    """Take an earlier bundle's packages away, and keep its project. Exits where something else is there."""
+    there = [name for name in ("wheels", "site", "ersim") if (target / name).exists()]
+    if there and not (target / BEGUN).exists():
+        sys.exit(f"unpack: {target} holds {there[0]}, which no bundle left there: choose another folder")
+    for name in ("wheels", "site"):
+        shutil.rmtree(target / name, ignore_errors=True)
+    if (target / "ersim").exists():
+        kept = target / "ersim.previous"
+        if kept.exists():
+            sys.exit(f"unpack: {kept} is there already: move it away first, it may hold what was measured")
+        (target / "ersim").rename(kept)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / BEGUN).touch()
+
+
 def unpack(folder: Path, target: Path) -> None:
     """Unpack the pieces of `folder` below `target` and install their wheels there."""
+    if not (folder / "manifest.json").is_file():
+        sys.exit(f"unpack: manifest.json is missing: copy it to {folder}")
     manifest = json.loads((folder / "manifest.json").read_text())
     if (target / DONE).exists() and (target / DONE).read_text() == json.dumps(manifest):
         return
     pieces = check(folder, manifest)
-    for part in ("wheels", "site", "ersim"):
-        shutil.rmtree(target / part, ignore_errors=True)
-    target.mkdir(parents=True, exist_ok=True)
+    make_room(target)
     stream = io.BufferedReader(Pieces(pieces), 1 << 20)
     with tarfile.open(fileobj=stream, mode="r|xz") as bundle:
         bundle.extractall(target, filter="data")

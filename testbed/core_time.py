@@ -7,7 +7,7 @@ other rank) its CPU time says step by step what it would have taken undisturbed;
 stolen share of the last second does, roughly. In a run neighbours and front ends take cores too, which is
 what is predicted: there only stolen time counts, as a factor beside the host's slowness.
 
-With it and `speed_probe` held-out error on medians of like steps was 2.8 to 3.9 % in the first two runs of
+With it and `speed_probe` held-out error on medians of like steps was 2.0 to 4.1 % in the first four runs of
 the table in docs/testbed.md, in those before 3.0 to 8.5 %.
 """
 
@@ -20,7 +20,9 @@ from testbed.step_log import StepLog
 
 FloatArray = npt.NDArray[np.float64]
 LEAST_SHARE = 0.05  # less was a stall, and no share at all would make a step of no time
-MOST_OWN = 0.02  # of a step's time that an expert's own front end takes from its core, alone
+MOST_OWN = 0.02
+"""Of a step's time that an expert's own front end takes from its core, alone. Bound servers lose 4 to 6 % while
+they decode; counting it all made predictions at 1 and 2 users worse (see docs/testbed.md), so it is not."""
 
 
 def stretch(log: StepLog) -> FloatArray:

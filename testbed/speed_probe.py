@@ -1,8 +1,8 @@
 """What the speed probe takes: the usual times of one profile, and how far those of other moments are above.
 
 The probe (`recording_scheduler.SpeedProbe`) runs in the caches that the step before it left. In the
-profiles of experiments/measured/cpu/live_cpu (`provenance.speed_probe` of both calibrations) it took 3 and
-4 % less after decode steps of two rows than near them, and 2 and 6 % more after prefill, while the steps took
+profiles of experiments/measured/cpu/live_cpu (`provenance.speed_probe` of both calibrations) it took 3 %
+less after decode steps of two rows than near them, and 1 and 5 % more after prefill, while the steps took
 what they always take. So what it takes is split into the host's speed at that moment and a factor by the kind
 of the step before. The factors are fitted to the profile of one expert alone and hold for all of its servers.
 """

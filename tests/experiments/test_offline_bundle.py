@@ -12,7 +12,8 @@ import pytest
 
 from ersim.errors import ConfigError
 from experiments import offline_bundle
-from experiments.offline_bundle import ROOT, describe, pack, parser, project_files
+from experiments.offline_bundle import ROOT, describe, main, pack, parser, project_files
+from experiments.offline_packages import Package
 
 FILES = ["pyproject.toml", "ersim/errors.py", "experiments/bundle_hopper.txt"]
 PIECE_BYTES = 1000
@@ -32,7 +33,7 @@ def _wheel(folder: Path) -> None:
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(offline_bundle, "project_files", lambda out: FILES)
+    monkeypatch.setattr(offline_bundle, "project_files", lambda: FILES)
     wheels, out = tmp_path / "wheels", tmp_path / "bundle"
     wheels.mkdir()
     out.mkdir()
@@ -85,6 +86,32 @@ def test_missing_and_damaged_pieces_are_named(bundle: Path, tmp_path: Path) -> N
     assert not (tmp_path / "there").exists()
 
 
+def test_a_missing_manifest_is_named(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "manifest.json").unlink()
+    assert "manifest.json is missing: copy it to" in _unpack(bundle, tmp_path / "there").stderr
+
+
+def test_what_no_bundle_left_there_stays(bundle: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "there" / "ersim" / "mine"
+    mine.mkdir(parents=True)
+    done = _unpack(bundle, tmp_path / "there")
+    assert done.returncode == 1 and "holds ersim, which no bundle left there: choose another" in done.stderr
+    assert mine.is_dir()
+
+
+def test_another_bundle_keeps_what_was_measured_with_the_one_before(bundle: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    assert _unpack(bundle, there).returncode == 0
+    (there / "ersim" / "outputs").mkdir()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"packages": ["another"]}))
+    assert _unpack(bundle, there).returncode == 0
+    assert (there / "ersim.previous" / "outputs").is_dir() and not (there / "ersim" / "outputs").exists()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    done = _unpack(bundle, there)
+    assert done.returncode == 1 and "ersim.previous is there already: move it away first" in done.stderr
+
+
 def test_another_python_is_refused(bundle: Path, tmp_path: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"python": "3.9"}))
@@ -93,17 +120,50 @@ def test_another_python_is_refused(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_files_to_drop_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline_bundle, "project_files", lambda out: FILES)
+    monkeypatch.setattr(offline_bundle, "project_files", lambda: FILES)
     _wheel(tmp_path)
-    with pytest.raises(ConfigError, match=r"--drop must match files of the vLLM wheel, got vllm/none\*"):
-        pack(tmp_path, tmp_path, PIECE_BYTES, ["vllm/none*"])
+    with pytest.raises(ConfigError, match=r"--drop must match files of the vLLM wheel, got vllm/none\*$"):
+        pack(tmp_path, tmp_path, PIECE_BYTES, ["vllm/none*", "*_fa2_C*"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--python", "3.8"], "--python must be this interpreter's"),
+        (["--drop", "x"], "--drop has no effect without --vllm"),
+        (["--out", str(ROOT)], "--out must be a folder for the bundle alone"),
+        (["--out", str(ROOT / "ersim")], "--out must be a folder for the bundle alone"),
+        (["--out", "/proc/x"], "--out must be a folder that can be made and written"),
+        (["--out", str(ROOT / "README.md")], "README.md is a file; choose another"),
+        (["--there", "/none"], "--there must be a file of"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_anything_is_fetched(
+    given: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(offline_bundle, "resolve", lambda wanted: pytest.fail("resolved"))
+    monkeypatch.setattr(sys, "argv", ["offline_bundle", "--out", str(tmp_path / "b"), *given])
+    assert main() == 2
+    assert said in capsys.readouterr().err
+
+
+def test_packages_to_leave_out_must_be_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(offline_bundle, "resolve", lambda wanted: {"simpy": Package("simpy", "4.1")})
+    monkeypatch.setattr(sys, "argv", ["offline_bundle", "--out", str(tmp_path), "--leave-out", "simpy,flash"])
+    assert main() == 2
+    assert "--leave-out must name packages that are needed, got flash" in capsys.readouterr().err
 
 
 def test_a_checkout_is_packed_whole_and_nothing_else() -> None:
-    names = project_files(ROOT / "docs")
+    names = project_files()
     assert {"conf/config.yaml", "experiments/gpu_session.py", "testbed/recording_scheduler.py"} <= set(names)
     assert not [name for name in names if name.startswith((".venv", "outputs", "build"))]
-    assert not [name for name in names if name.startswith("docs/")]  # as if the bundle were written there
 
 
 def test_arguments_come_from_a_file_with_comments() -> None:

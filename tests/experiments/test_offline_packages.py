@@ -77,8 +77,13 @@ def test_another_line_is_named(tmp_path: Path, line: str) -> None:
 
 def test_another_release_than_is_asked_for_is_said() -> None:
     carried = needed(["vllm"], PACKAGES, {"torch"})
-    assert unmet(carried, {"torch": "2.11.0+cu130", "six": "1"}) == []  # a local version meets its release
-    assert unmet(carried, {"torch": "2.10.0"}) == ["torch 2.10.0 is there, vllm==0.26.0 asks for ==2.11.0"]
+    local = {"torch": "2.11.0+cu130", "six": "1"}  # a local version meets its release
+    assert unmet(["vllm"], carried, local) == []
+    told = unmet(["vllm", "numpy>=2"], carried, {"torch": "2.10.0", "numpy": "1.26"})
+    assert told == [
+        "numpy 1.26 is there, ersim asks for >=2",
+        "torch 2.10.0 is there, vllm==0.26.0 asks for ==2.11.0",
+    ]
 
 
 def test_a_failure_of_pip_is_told_with_its_own_words() -> None:
