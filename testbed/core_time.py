@@ -21,8 +21,8 @@ from testbed.step_log import StepLog
 FloatArray = npt.NDArray[np.float64]
 LEAST_SHARE = 0.05  # less was a stall, and no share at all would make a step of no time
 MOST_OWN = 0.02
-"""Of a step's time that an expert's own front end takes from its core, alone. Bound servers lose 4 to 6 % while
-they decode; counting it all made predictions at 1 and 2 users worse (see docs/testbed.md), so it is not."""
+"""Of a step's time that an expert's own front end takes from its core, alone. Bound servers lose 4 to 6 %
+while they decode; counting it all made predictions at 1 and 2 users worse (docs/testbed.md), so it is not."""
 
 
 def stretch(log: StepLog) -> FloatArray:
