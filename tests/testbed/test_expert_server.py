@@ -66,7 +66,7 @@ def test_flags_are_those_of_vllm() -> None:
     assert "--scheduler-reserve-full-isl" in server_command(spec(EngineSettings()))
 
 
-def test_a_server_of_one_process_is_bound_to_its_cores() -> None:
+def test_a_server_of_one_rank_and_one_front_end_is_bound_to_its_cores() -> None:
     one = spec(EngineSettings(), cores=[[0]])
     several = (dataclasses.replace(one, tp=2), spec(EngineSettings(), cores=[[0]], api_servers=2))
     elsewhere = (spec(EngineSettings(), device="gpu"), dataclasses.replace(one, cores=()))
