@@ -58,9 +58,11 @@ def failures_logged(job: LiveConfig, kind: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if tracked:
+            from mlflow.exceptions import MlflowException
+
             try:
                 _log_failure(job, kind, error)
-            except ErsimError as unlogged:
+            except (ErsimError, MlflowException, OSError) as unlogged:
                 say(f"not logged: {unlogged}")
         raise
 

@@ -188,14 +188,14 @@ def server_command(spec: ServerSpec) -> list[str]:
 
 
 def supervised_command(spec: ServerSpec) -> list[str]:
-    """The command line of the supervisor that runs the server, bound to its cores where it is one process.
+    """The command line of the supervisor that runs the server, bound where it is one rank and one front end.
 
-    Unbound, Linux moves it to where others run, and lets those wait for a core for up to a second meanwhile
-    (docs/testbed.md). vLLM binds what it starts only where there are several ranks; several front ends go
-    where they like, for the engine's core is not theirs.
+    These two processes, unbound, are moved by Linux to where others run, and let those wait for a core for
+    up to a second meanwhile (docs/testbed.md). vLLM binds what it starts only where there are several ranks;
+    several front ends go where they like, for the engine's core is not theirs.
     """
-    one_process = spec.tp == 1 and spec.live.api_servers == 1
-    bound = spec.live.device == "cpu" and one_process and spec.cores
+    one_rank_and_front_end = spec.tp == 1 and spec.live.api_servers == 1
+    bound = spec.live.device == "cpu" and one_rank_and_front_end and spec.cores
     cores = ["--cores", ",".join(map(str, spec.cores))] if bound else []
     return [sys.executable, "-m", "testbed.supervisor", *cores, "--", *server_command(spec)]
 

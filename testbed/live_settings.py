@@ -89,9 +89,9 @@ class LiveSettings:
     serves the precision (see `weightless.QUANTIZATIONS`), used by the weightless mode. tokenizer: word
     (one word, one token; weightless only), none (token ids only), model (what the model's folder holds).
     port: of the first replica, the next ones follow; 0 takes free ports. device: cpu or gpu.
-    cores: CPU cores of each replica: it computes with as many threads; vLLM binds them where there are
-    several tensor-parallel ranks, which share the cores evenly. gpus: GPU indices of each replica, as
-    nvidia-smi counts them.
+    cores: CPU cores of each replica: it computes with as many threads. One tensor-parallel rank with one
+    front end is bound to them by its supervisor, both processes; several ranks share them evenly, and vLLM
+    binds these. gpus: GPU indices of each replica, as nvidia-smi counts them.
     api_servers: front-end processes of each replica, for GPUs that answer faster than one can write.
     kv_space_gib: KV cache of each rank on CPU. args and env go to the server as they are.
     """

@@ -3,8 +3,9 @@
 ``python -m testbed.supervisor [--cores 0,1] -- command...`` starts the command in its own process group,
 bound to these cores if any are given, and waits. When standard input reaches its end (the starter closed
 it, crashed or was killed) or a termination signal arrives, the whole group gets SIGINT, then SIGTERM, then
-SIGKILL. Should the supervisor itself be killed, Linux sends the command SIGTERM. Exit status: the command's
-own.
+SIGKILL. Should the supervisor itself be killed, Linux sends the command SIGTERM. A system that cannot bind
+runs the command unbound. Exit status: the command's own; 2 for cores that are not of this machine, or an
+unreadable command line.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Collection
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+USAGE = "usage: python -m testbed.supervisor [--cores 0,1] -- command [arguments]"
 GRACE_S = {signal.SIGINT: 6.0, signal.SIGTERM: 4.0, signal.SIGKILL: 5.0}
 
 
@@ -100,15 +102,33 @@ def supervise(command: list[str], cores: Collection[int] = ()) -> int:
     return process.wait()
 
 
-def main() -> int:
-    """Entry point of ``python -m testbed.supervisor``."""
-    command, cores = sys.argv[1:], set[int]()
+def read_arguments(arguments: list[str]) -> tuple[list[str], set[int]]:
+    """The command and its cores. Raises ValueError, with what to print, for what cannot be run."""
+    command, cores = arguments, set[int]()
     if command[:1] == ["--cores"]:
-        cores, command = {int(core) for core in command[1].split(",")}, command[2:]
+        try:
+            cores, command = {int(core) for core in command[1].split(",")}, command[2:]
+        except (IndexError, ValueError):
+            raise ValueError(USAGE) from None
     if command[:1] == ["--"]:
         command = command[1:]
     if not command:
-        print("usage: python -m testbed.supervisor [--cores 0,1] -- command [arguments]", file=sys.stderr)
+        raise ValueError(USAGE)
+    if not hasattr(os, "sched_setaffinity"):
+        return command, set()
+    here = os.sched_getaffinity(0)
+    if not cores <= here:
+        missing = sorted(cores - here)
+        raise ValueError(f"supervisor: cores {missing} are not of this machine ({sorted(here)})")
+    return command, cores
+
+
+def main() -> int:
+    """Entry point of ``python -m testbed.supervisor``."""
+    try:
+        command, cores = read_arguments(sys.argv[1:])
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
     status = supervise(command, cores)
     return status if status >= 0 else 128 - status

@@ -257,6 +257,23 @@ def test_a_store_that_cannot_be_used_neither_costs_a_measurement_nor_hides_an_er
     assert "not logged: the store is gone" in capsys.readouterr().err
 
 
+def test_a_store_that_fails_while_it_is_written_to_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    def fails(*given: object, **more: object) -> None:
+        raise MlflowException("the disk is full")
+
+    job = LiveConfig(fleet=FleetConfig("f", experts={"a": ExpertConfig()}))
+    job.tracking.uri = f"sqlite:///{tmp_path}/runs.db"
+    monkeypatch.setattr(MlflowClient, "create_run", fails)
+    with pytest.raises(ConfigError, match="it died"), failures_logged(job, "validate"):
+        raise ConfigError("it died")
+    assert "not logged: the disk is full" in capsys.readouterr().err
+
+
 def test_a_validation_is_logged_with_its_intervals_and_power(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 

@@ -26,6 +26,7 @@ from testbed.expert_server import (
     supervised_command,
 )
 from testbed.live_settings import read_live
+from testbed.supervisor import USAGE, read_arguments
 
 CHANGED: dict[str, Any] = {
     "max_num_seqs": 7, "max_num_batched_tokens": 512, "max_model_len": 1024, "block_size": 32,
@@ -34,6 +35,7 @@ CHANGED: dict[str, Any] = {
     "watermark": 0.05, "scheduler_reserve_full_isl": False, "async_scheduling": True,
     "kv_cache_dtype": "fp8", "speculative_tokens": 2, "max_loras": 1,
 }  # fmt: skip
+binds = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process")
 REFUSED = ("speculative_tokens", "max_loras")  # by `validate_engine`, before any server
 
 
@@ -64,7 +66,7 @@ def test_flags_are_those_of_vllm() -> None:
     assert "--scheduler-reserve-full-isl" in server_command(spec(EngineSettings()))
 
 
-def test_a_server_of_one_process_is_bound_to_its_cores() -> None:
+def test_a_server_of_one_rank_and_one_front_end_is_bound_to_its_cores() -> None:
     one = spec(EngineSettings(), cores=[[0]])
     several = (dataclasses.replace(one, tp=2), spec(EngineSettings(), cores=[[0]], api_servers=2))
     elsewhere = (spec(EngineSettings(), device="gpu"), dataclasses.replace(one, cores=()))
@@ -73,6 +75,7 @@ def test_a_server_of_one_process_is_bound_to_its_cores() -> None:
         assert supervised_command(unbound)[2:4] == ["testbed.supervisor", "--"]
 
 
+@binds
 def test_the_supervisor_binds_what_it_runs_and_not_itself() -> None:
     core = min(os.sched_getaffinity(0))
     bound = "import os; print(os.sched_getaffinity(0), os.sched_getaffinity(os.getppid()))"
@@ -80,6 +83,31 @@ def test_the_supervisor_binds_what_it_runs_and_not_itself() -> None:
     with subprocess.Popen([*command, sys.executable, "-c", bound], stdin=-1, stdout=-1, text=True) as ran:
         assert ran.stdout is not None
         assert ran.stdout.read() == f"{ {core} } {os.sched_getaffinity(0)}\n"
+
+
+def supervisor(*arguments: str) -> tuple[int, str]:
+    """Exit status and standard error of the supervisor."""
+    command = [sys.executable, "-m", "testbed.supervisor", *arguments]
+    ran = subprocess.run(command, check=False, stdin=subprocess.PIPE, capture_output=True, text=True)
+    return ran.returncode, ran.stderr
+
+
+@binds
+@pytest.mark.parametrize("core", [9999, -1])
+def test_the_supervisor_refuses_cores_that_it_may_not_use(core: int) -> None:
+    here = sorted(os.sched_getaffinity(0))
+    told = f"supervisor: cores [{core}] are not of this machine ({here})\n"
+    assert supervisor("--cores", f"{here[0]},{core}", "--", sys.executable, "-c", "") == (2, told)
+
+
+@pytest.mark.parametrize("arguments", [["--cores", "x", "--", "true"], ["--cores"], ["--cores", "0"], []])
+def test_the_supervisor_says_how_it_is_called(arguments: list[str]) -> None:
+    assert supervisor(*arguments) == (2, f"{USAGE}\n")
+
+
+def test_a_system_that_cannot_bind_runs_unbound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    assert read_arguments(["--cores", "9999", "--", "true"]) == (["true"], set())
 
 
 def test_several_front_ends_are_served_by_our_own_launcher() -> None:
