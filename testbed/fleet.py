@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -78,6 +79,13 @@ def check_cores(specs: Sequence[ServerSpec]) -> None:
         if spec.live.device == "cpu" and len(spec.cores) % spec.tp:
             shares = f"as many for each of the {spec.tp} ranks of a replica (tp={spec.tp})"
             raise bad_value(f"{spec.key}.live.cores", shares, spec.cores)
+
+
+def check_servers(fleet: FleetConfig) -> None:
+    """Raise ConfigError for servers that cannot start here, as far as can be seen; writes nothing."""
+    with tempfile.TemporaryDirectory() as folder:  # but the folders of weightless models, here
+        for server in LiveFleet(fleet, Path(folder)).all_servers:
+            server.check()
 
 
 def check_gpus(specs: Sequence[ServerSpec]) -> None:
