@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -287,7 +287,8 @@ def main() -> None:
     except ErsimError as error:
         print(f"ersim-calibrate: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    leave_on_bad_groups("ersim-calibrate", sys.argv[1:], conf / "calibrate", "calibrate")
+    keys = [key.name for key in fields(CalibrateConfig)]
+    leave_on_bad_groups("ersim-calibrate", sys.argv[1:], conf / "calibrate", "calibrate", keys)
     ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
     hydra.main(version_base="1.3", config_path=str(conf / "calibrate"), config_name="calibrate")(_task)()
 

@@ -6,7 +6,7 @@ Hydra answers them with a traceback that names neither the key nor the value.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
@@ -21,10 +21,11 @@ from experiments.paths import CONF
 HYDRAS_OWN = "hydra"
 
 
-def check_groups(arguments: Sequence[str], conf: Path, name: str) -> None:
+def check_groups(arguments: Sequence[str], conf: Path, name: str, keys: Collection[str] = ()) -> None:
     """Raise ConfigError for a group that is given null, a number or true where a name belongs.
 
     arguments: a command line for Hydra. conf, name: folder and name of the configuration it composes.
+    keys: its own keys that hold plain values under the name of a group elsewhere.
     What Hydra cannot read either is left for it to say.
     """
     roots = [conf, CONF, *map(Path, config_dirs([*arguments]))]
@@ -38,15 +39,17 @@ def check_groups(arguments: Sequence[str], conf: Path, name: str) -> None:
         except HydraException:
             continue
         group = override.key_or_group
-        if _is_group(group, roots):
+        if group not in keys and _is_group(group, roots):
             for value, text in values:
                 _check(override, value, text, roots, conf / f"{name}.yaml")
 
 
-def leave_on_bad_groups(command: str, arguments: Sequence[str], conf: Path, name: str) -> None:
+def leave_on_bad_groups(
+    command: str, arguments: Sequence[str], conf: Path, name: str, keys: Collection[str] = ()
+) -> None:
     """`check_groups` for a command's start: one line, and status 1 as where Hydra refuses an override."""
     try:
-        check_groups(arguments, conf, name)
+        check_groups(arguments, conf, name, keys)
     except ConfigError as error:
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -42,7 +42,7 @@ from experiments.live_tracking import failures_logged, log_profile
 from testbed.contention import Contention, fit_contention
 from testbed.core_time import stretch
 from testbed.expert_server import ServerSpec
-from testbed.fleet import LiveFleet, replica_name
+from testbed.fleet import LiveFleet, check_servers, replica_name
 from testbed.fleet_calibration import FILE, FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.foreign_work import MOST_CORES, CpuUse, undisturbed
@@ -74,13 +74,11 @@ def profile(job: LiveConfig) -> dict[str, Any]:
         check_plan(job.plan, expert.engine.max_model_len)
         check_kv_cache(expert, f"fleet.experts.{name}")
     check_common_load(job.plan)
-    with (
-        failures_logged(job, "profile"),
-        _said_what_is_kept(folder),
-        _started(job.fleet, made) as live,
-    ):
-        calibrations = {name: _one_expert(job, live, name, made) for name in job.fleet.experts}
-        known = _together(job, live, calibrations, made)
+    with failures_logged(job, "profile"):
+        check_servers(job.fleet)  # before anything that an earlier profile left is moved
+        with _said_what_is_kept(folder), _started(job.fleet, made) as live:
+            calibrations = {name: _one_expert(job, live, name, made) for name in job.fleet.experts}
+            known = _together(job, live, calibrations, made)
     _publish(known, folder)
     figures: dict[str, Any] = {
         "command": "ersim-profile",

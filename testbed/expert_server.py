@@ -248,12 +248,16 @@ class ExpertServer:
         """Whether the supervised process still runs."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
-        """Start the process without waiting. Raises ConfigError for what can be seen beforehand."""
+    def check(self) -> None:
+        """Raise ConfigError for what keeps it from starting and can be seen beforehand."""
         check_machine(self.spec.live, self.spec.key)
         check_vllm(self.spec.live.python)
         check_model_folder(self.spec.model, self.spec.key)
         check_port(self.spec.port, self.spec.key)
+
+    def start(self) -> None:
+        """Start the process without waiting. Raises ConfigError as `check` does."""
+        self.check()
         self.spec.folder.mkdir(parents=True, exist_ok=True)
         command = supervised_command(self.spec)
         with open(self.spec.log_path, "ab") as log:

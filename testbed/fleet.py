@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -80,6 +81,23 @@ def check_cores(specs: Sequence[ServerSpec]) -> None:
             raise bad_value(f"{spec.key}.live.cores", shares, spec.cores)
 
 
+def shared_cores(specs: Sequence[ServerSpec]) -> list[str]:
+    """One line for every core that several servers are bound to: they compute in turns there."""
+    users: dict[int, list[str]] = {}
+    for spec in specs:
+        for core in set(spec.cores) if spec.live.device == "cpu" else ():
+            users.setdefault(core, []).append(spec.name)
+    shared = [(core, names) for core, names in sorted(users.items()) if len(names) > 1]
+    return [f"{', '.join(names)} share core {core}" for core, names in shared]
+
+
+def check_servers(fleet: FleetConfig) -> None:
+    """Raise ConfigError for servers that cannot start here, as far as can be seen; writes nothing."""
+    with tempfile.TemporaryDirectory() as folder:  # but the folders of weightless models, here
+        for server in LiveFleet(fleet, Path(folder)).all_servers:
+            server.check()
+
+
 def check_gpus(specs: Sequence[ServerSpec]) -> None:
     """Raise ConfigError for servers that share a machine without saying their GPUs, or not as many as TP."""
     on_gpu = [spec for spec in specs if spec.live.device == "gpu"]
@@ -106,6 +124,8 @@ class LiveFleet:
         }
         self._say = say or (lambda text: None)
         self._old_handler: Any = None
+        for line in shared_cores([server.spec for server in self.all_servers]):
+            self._say(line)
 
     @property
     def all_servers(self) -> list[ExpertServer]:

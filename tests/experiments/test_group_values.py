@@ -54,6 +54,25 @@ def test_what_hydra_takes_or_refuses_itself_is_left_to_it(tmp_path: Path) -> Non
         check_groups(["--config-dir", str(tmp_path), "+mine=null"], conf_dir(), "config")
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("gpu=null", "field 'gpu' is not Optional"),
+        ("model=null", "field 'model' is not Optional"),
+        ("gpu=1", "gpu must be one of: a10, "),
+        ("model=1", "model must be one of: codellama-34b, "),
+    ],
+)
+def test_a_commands_own_key_of_a_groups_name_is_its_own_to_check(
+    override: str, told: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ersim-calibrate", override, "source=roofline"])
+    with pytest.raises(SystemExit) as ended:
+        calibrate.main()
+    err = capfd.readouterr().err
+    assert ended.value.code == 1 and told in err and "is not chosen here" not in err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_it_in_one_line(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from ersim.errors import ConfigError
 from experiments import profile
 from experiments.live_schema import LiveConfig
 from experiments.schema import TrackingConfig
+from testbed import expert_server
 from testbed.contention import Contention
 from testbed.fleet_calibration import FleetCalibration, load
 
@@ -28,14 +31,15 @@ class Profiles:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.number, self.fails_at, self.folder = 0, "", folder
         monkeypatch.setattr(profile, "LiveFleet", self._fleet)
+        monkeypatch.setattr(expert_server, "check_vllm", lambda python: None)
         monkeypatch.setattr(profile, "_one_expert", self._one)
         monkeypatch.setattr(profile, "_together", self._common)
         monkeypatch.setattr(profile, "summary", lambda item: {})
 
-    def run(self, fails_at: str = "") -> None:
+    def run(self, fails_at: str = "", names: Sequence[str] = EXPERTS, **live: Any) -> None:
         """One more profile; it fails at an expert, or with "together" at the common load."""
         self.number, self.fails_at = self.number + 1, fails_at
-        experts = {name: ExpertConfig("llama-36m", gpu="cpu") for name in EXPERTS}
+        experts = {name: ExpertConfig("llama-36m", gpu="cpu", live=live) for name in names}
         fleet, untracked = FleetConfig("f", experts=experts), TrackingConfig(enabled=False)
         profile.profile(LiveConfig(fleet=fleet, folder=str(self.folder), tracking=untracked))
 
@@ -90,6 +94,27 @@ def test_what_breaks_off_leaves_the_earlier_profile_as_it_was(
     assert profiles.stands() == {"4"} and profiles.logs("profile.previous") == {"1"}
     profiles.run()
     assert profiles.stands() == {"5"} and profiles.logs("profile.previous") == {"4"}
+
+
+@pytest.mark.parametrize("broken_off", ["", "b"])
+def test_servers_that_cannot_start_move_no_earlier_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken_off: str
+) -> None:
+    profiles = Profiles(monkeypatch, tmp_path)
+    with contextlib.suppress(ConfigError):
+        profiles.run(broken_off)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    capsys.readouterr()
+    if hasattr(os, "sched_getaffinity"):
+        with pytest.raises(ConfigError, match=r"experts\.a\.live\.cores must be cores of this machine"):
+            profiles.run(cores=[[9999]])
+    with socket.socket() as taken:
+        taken.bind((expert_server.HOST, 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"experts\.\w\.live\.port must be a free port"):
+            profiles.run(names=("a",), port=taken.getsockname()[1])
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    assert "what it recorded" not in capsys.readouterr().err, "these recorded nothing"
 
 
 def test_a_first_profile_that_fails_promises_no_earlier_one(

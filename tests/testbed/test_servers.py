@@ -33,7 +33,7 @@ from testbed.expert_server import (
     server_command,
     server_environment,
 )
-from testbed.fleet import server_specs
+from testbed.fleet import LiveFleet, server_specs
 from testbed.gateway.process import GatewayFailed, GatewayProcess
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
 from testbed.live_settings import read_live
@@ -454,6 +454,21 @@ def test_one_config_gives_simulator_and_servers_the_same_fleet(tmp_path: Path) -
     assert [one.cores for one in specs] == [[0], [1]] and len({one.port for one in specs}) == 2
     written = json.loads((tmp_path / "models" / "a" / "config.json").read_text())
     assert ModelSpec.from_hf_config(written).params == load_model("llama-36m").params
+
+
+def test_servers_that_share_a_core_say_so(tmp_path: Path) -> None:
+    def said(**cores: list[list[int]]) -> list[str]:
+        experts = {
+            name: ExpertConfig(model="llama-36m", gpu="cpu", live={"cores": given})
+            for name, given in cores.items()
+        }
+        experts["two"] = ExpertConfig(model="llama-36m", gpu="cpu", replicas=2, live={"cores": [[7], [8]]})
+        lines: list[str] = []
+        LiveFleet(FleetConfig("f", experts=experts), tmp_path, lines.append)
+        return lines
+
+    assert said(a=[[0]], b=[[1]], c=[]) == []
+    assert said(a=[[0, 1]], b=[[0, 7]]) == ["a, b share core 0", "b, two-0 share core 7"]
 
 
 def test_weightless_folders_hold_config_and_exact_tokenizer(tmp_path: Path) -> None:
