@@ -1,39 +1,27 @@
 """Time that a virtual machine's processes wanted and did not get, since the host gave it to others.
 
 Linux counts it where the hypervisor tells (`steal` in /proc/stat); nothing in the machine can be blamed for
-it or sees it as load. It is counted by core: a process that is bound to some knows what was stolen from it,
-not what was stolen beside it. On the machine that our live figures come from it came and went within
-minutes. It stretches a step, whatever that step does (see `core_time`).
+it or sees it as load. On the machine that our live figures come from it came and went within minutes. It
+stretches a step, whatever that step does (see `core_time`).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection
 from pathlib import Path
 
 STAT = Path("/proc/stat")
 WINDOW_S = 1.0  # counted in hundredths of a second: less would be coarse
 LARGEST = 0.9
-BUSY = (1, 2, 3, 6, 7)  # user, nice, system, irq, softirq in the line of a core; guests are in user
+BUSY = (1, 2, 3, 6, 7)  # user, nice, system, irq, softirq in the line of all cores; guests are in user
 STOLEN = 8
 
 
-def own_cores() -> frozenset[int]:
-    """The cores that this process may use; none where the system does not tell."""
-    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
-
-
 class StolenShare:
-    """Stolen over stolen and used time of this process' cores in the last second, or since the call before if
-    that is longer ago; 0 where nobody counts it, and where the count went back (machines that were moved).
+    """Stolen over stolen and used time of all cores in the last second, or since the call before if that
+    is longer ago; 0 where nobody counts it, and where the count went back (machines that were moved)."""
 
-    cores: none stands for all of the machine.
-    """
-
-    def __init__(self, stat: Path = STAT, cores: Collection[int] | None = None) -> None:
+    def __init__(self, stat: Path = STAT) -> None:
         self._stat = stat
-        self._lines = {f"cpu{core}" for core in (own_cores() if cores is None else cores)} or {"cpu"}
         self._share = 0.0
         self._read_s: float | None = None
         self._before = self._read()
@@ -52,13 +40,8 @@ class StolenShare:
 
     def _read(self) -> tuple[int, int]:
         """Used and stolen hundredths of a second since the machine started."""
-        used = stolen = 0
         try:
-            for line in self._stat.read_text(encoding="ascii").splitlines():
-                counts = line.split()
-                if counts and counts[0] in self._lines:
-                    used += sum(int(counts[index]) for index in BUSY)
-                    stolen += int(counts[STOLEN])
-            return used, stolen
+            counts = self._stat.read_text(encoding="ascii").partition("\n")[0].split()
+            return sum(int(counts[index]) for index in BUSY), int(counts[STOLEN])
         except (OSError, ValueError, IndexError):  # no Linux, or one that does not count it
             return 0, 0

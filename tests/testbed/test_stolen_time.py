@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ def write(path: Path, user: int, system: int, idle: int, steal: int) -> None:
 def test_the_share_is_that_of_the_last_second_of_wanted_time(tmp_path: Path) -> None:
     stat = tmp_path / "stat"
     write(stat, 1000, 100, 9000, 500)
-    share = StolenShare(stat, cores=())
+    share = StolenShare(stat)
     assert share(10.0) == 0.0
     write(stat, 1070, 110, 9080, 520)
     assert share(10.5) == 0.0, "too soon to tell"
@@ -35,44 +32,12 @@ def test_the_share_is_that_of_the_last_second_of_wanted_time(tmp_path: Path) -> 
     assert share(15.0) == 0.0, "a count that went back"
 
 
-def test_only_what_is_stolen_from_the_own_cores_counts(tmp_path: Path) -> None:
-    stat = tmp_path / "stat"
-    shares = {cores: StolenShare(stat, cores=cores) for cores in ((0,), (1,), (0, 1), (7,))}
-    for second, stolen in enumerate([0, 0, 40]):
-        first, other = (
-            f"cpu0 {100 * second} 0 0 9 5 0 0 0 0 0",
-            f"cpu1 {60 * second} 0 0 9 5 0 0 {stolen} 0 0",
-        )
-        stat.write_text(f"cpu  9 9 9 9 9 9 9 9 9 9\n{first}\n{other}\nintr 1\n")
-        told = {cores: share(float(second)) for cores, share in shares.items()}
-    assert told == {(0,): 0.0, (1,): pytest.approx(0.4), (0, 1): pytest.approx(0.2), (7,): 0.0}
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be told apart here")
-def test_a_bound_process_knows_its_cores() -> None:
-    core = min(os.sched_getaffinity(0))
-    code = "from testbed.stolen_time import own_cores; print(*own_cores())"
-    bound = [
-        sys.executable,
-        "-m",
-        "testbed.supervisor",
-        "--cores",
-        str(core),
-        "--",
-        sys.executable,
-        "-c",
-        code,
-    ]
-    with subprocess.Popen(bound, stdin=-1, stdout=-1, text=True) as ran:
-        assert ran.stdout is not None and ran.stdout.read() == f"{core}\n"
-
-
 @pytest.mark.parametrize("text", [None, "", "cpu  1 2 3 4\n", "cpu a b c d e f g h\n"])
 def test_where_nobody_counts_nothing_is_stolen(tmp_path: Path, text: str | None) -> None:
     stat = tmp_path / "stat"
     if text is not None:
         stat.write_text(text)
-    share = StolenShare(stat, cores=())
+    share = StolenShare(stat)
     assert [share(float(second)) for second in range(3)] == [0.0, 0.0, 0.0]
 
 
