@@ -7,7 +7,7 @@ other rank) its CPU time says step by step what it would have taken undisturbed;
 stolen share of the last second does, roughly. In a run neighbours and front ends take cores too, which is
 what is predicted: there only stolen time counts, as a factor beside the host's slowness.
 
-With it and `speed_probe` held-out error on medians of like steps was 2.0 to 4.1 % in the first four runs of
+With it and `speed_probe` held-out error on medians of like steps was 2.0 to 4.1 % in the first five runs of
 the table in docs/testbed.md, in those before 3.0 to 8.5 %.
 """
 
