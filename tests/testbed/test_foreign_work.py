@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -26,18 +25,9 @@ def use(at_s: float, core_s: tuple[float, ...], own_s: float = 0.0, cores: tuple
     return CpuUse(at_s, core_s, own_s, frozenset(cores))
 
 
-def wait_until(true: Callable[[], bool], most_s: float = 30.0) -> None:
-    """On a machine with more to do it takes longer; raises TimeoutError where it never comes."""
-    deadline_s = time.monotonic() + most_s
-    while not true():
-        if time.monotonic() > deadline_s:
-            raise TimeoutError("it never came")
-        time.sleep(0.1)
-
-
 def test_our_own_processes_are_not_foreign_and_those_of_others_are() -> None:
     began = CpuUse.now()
-    subprocess.run([sys.executable, "-c", BURN.format(2.0)], check=True)
+    subprocess.run([sys.executable, "-c", BURN.format(1.0)], check=True)
     now = CpuUse.now()
     own_s, every_s = now.own_s - began.own_s, all_s(now) - all_s(began)
     assert 0.2 < own_s <= every_s + 0.1, "an ended child's time is its parent's"
@@ -47,19 +37,16 @@ def test_our_own_processes_are_not_foreign_and_those_of_others_are() -> None:
         [sys.executable, "-c", below], start_new_session=True
     )  # as a server's supervisor
     began = CpuUse.now()
-    try:  # who runs below a child of ours is ours
-        wait_until(lambda: CpuUse.now().own_s - began.own_s > 0.3)
-    finally:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    begun = f"subprocess.Popen([sys.executable, '-c', {BURN.format(60.0)!r}], stdout=subprocess.DEVNULL)"
-    orphan = f"import subprocess, sys; print({begun}.pid)"
-    told = subprocess.check_output([sys.executable, "-c", orphan])  # who takes orphans is not us
+    time.sleep(1.5)
+    own_s = CpuUse.now().own_s - began.own_s
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert own_s > 0.3, "who runs below a child of ours is ours"
+    orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {BURN.format(2.0)!r}])"
+    subprocess.run([sys.executable, "-c", orphan], check=True)  # who takes orphans is not us
     began = CpuUse.now()
-    try:
-        wait_until(lambda: CpuUse.now().foreign_cores(began) * (time.monotonic() - began.at_s) > 0.3)
-    finally:
-        os.kill(int(told), signal.SIGKILL)
+    time.sleep(1.2)
+    assert CpuUse.now().foreign_cores(began) > 0.3
 
 
 def test_time_that_was_idle_or_stolen_is_nobodys_work(monkeypatch: pytest.MonkeyPatch) -> None:
