@@ -1,11 +1,14 @@
 """What of a step's time its thread had a core, and what was taken from it.
 
-While an expert is profiled or checked nothing of ours wants its core: what its thread did not get was taken,
-by the hypervisor for other machines (`stolen_time`; Linux keeps it out of a thread's CPU time where the
-hypervisor tells) or by other processes. Where the engine's own thread does all the work (one CPU thread, no
-other rank) its CPU time says step by step what it would have taken undisturbed; elsewhere the machine's
-stolen share of the last second does, roughly. In a run neighbours and front ends take cores too, which is
-what is predicted: there only stolen time counts, as a factor beside the host's slowness.
+A core is taken by the hypervisor for other machines, or by other processes of this one. Where the engine's
+own thread does all the work (one CPU thread, no other rank) both are known of each step: its CPU time
+is without either, what it waited for is the other processes' (`core_wait`), and what is left of the step was
+stolen. Elsewhere the machine's stolen share of the last second says so, roughly (`stolen_time`): where little
+runs it is much more than steps feel, since it counts processors that wait to be woken.
+
+While an expert is profiled or checked nothing of ours wants its core, and all of it comes off. In a run
+neighbours and front ends take cores too, which is what is predicted: there only stolen time counts, as a
+factor beside the host's slowness.
 
 With it and `speed_probe` held-out error on medians of like steps was 2.0 to 4.1 % in the first five runs of
 the table in docs/testbed.md, in those before 3.0 to 8.5 %.
@@ -17,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.step_log import StepLog
+from testbed.stolen_time import LARGEST
 
 FloatArray = npt.NDArray[np.float64]
+REACH_S = 0.5
 LEAST_SHARE = 0.05  # less was a stall, and no share at all would make a step of no time
 MOST_OWN = 0.02
 """Of a step's time that an expert's own front end takes from its core, alone. Bound servers lose 4 to 6 %
@@ -26,10 +31,33 @@ while they decode; counting it all made predictions at 1 and 2 users worse (docs
 
 
 def stretch(log: StepLog) -> FloatArray:
-    """Factor of stolen time on each step, shape (steps,); ones where it was not recorded."""
+    """Factor of stolen time on each step, shape (steps,); ones where it was not recorded.
+
+    As the steps within `REACH_S` of each felt it together, where their thread tells: it comes in pieces that
+    hit one step and not the next.
+    """
     stolen = np.array([step.stolen_share or 0.0 for step in log.steps], dtype=float)
     factors: FloatArray = 1.0 / (1.0 - stolen)
+    periods_s, lost_s = log.periods_s(), _stolen_s(log)
+    known = ~np.isnan(lost_s)
+    if known.any():
+        ends_s = log.ends_s()[known]
+        took_s, lost = (np.concatenate(([0.0], np.cumsum(each[known]))) for each in (periods_s, lost_s))
+        first = np.searchsorted(ends_s, ends_s - REACH_S)
+        last = np.searchsorted(ends_s, ends_s + REACH_S, side="right")
+        share = (lost[last] - lost[first]) / (took_s[last] - took_s[first])
+        factors[known] = 1.0 / (1.0 - np.clip(share, 0.0, LARGEST))
     return factors
+
+
+def _stolen_s(log: StepLog) -> FloatArray:
+    """Seconds of each step in which its thread neither ran nor waited for another, shape (steps,).
+
+    NaN where that is not known. Below 0 where the clocks were not read at one moment.
+    """
+    if not log.meta.get("one_thread"):
+        return np.full(len(log.steps), np.nan)
+    return log.periods_s() - _grown(log, "cpu") - _grown(log, "waited")
 
 
 def undisturbed_s(log: StepLog) -> FloatArray:
@@ -42,7 +70,7 @@ def undisturbed_s(log: StepLog) -> FloatArray:
     by_machine_s: FloatArray = periods_s / stretch(log)
     if not log.meta.get("one_thread") or not len(periods_s):
         return by_machine_s
-    cpu_s = _cpu_s(log)
+    cpu_s = _grown(log, "cpu")
     known = ~np.isnan(cpu_s)
     own_s = np.clip(cpu_s[known], LEAST_SHARE * periods_s[known], periods_s[known])
     factor = min(1.0 + MOST_OWN, by_machine_s[known].sum() / own_s.sum()) if known.any() else 1.0
@@ -50,17 +78,19 @@ def undisturbed_s(log: StepLog) -> FloatArray:
     return by_machine_s
 
 
-def _cpu_s(log: StepLog) -> FloatArray:
-    """CPU seconds of each step's thread in its period, shape (steps,); NaN where they were not recorded.
+def _grown(log: StepLog, count: str) -> FloatArray:
+    """Seconds in each step's period by a count of its thread, shape (steps,); NaN where not recorded.
 
-    From the end of the step before where that one followed at once, as the period is.
+    count: `cpu` or `waited`. From the end of the step before where that one followed at once, as the
+    period is.
     """
     result = np.full(len(log.steps), np.nan)
     before_number, before_s = None, None
     for index, step in enumerate(log.steps):
         follows = before_number == step.number - 1
-        start_s = before_s if follows else step.cpu_start_s
-        if start_s is not None and step.cpu_s is not None:
-            result[index] = step.cpu_s - start_s
-        before_number, before_s = step.number, step.cpu_s
+        end_s: float | None = getattr(step, f"{count}_s")
+        start_s: float | None = before_s if follows else getattr(step, f"{count}_start_s")
+        if start_s is not None and end_s is not None:
+            result[index] = end_s - start_s
+        before_number, before_s = step.number, end_s
     return result

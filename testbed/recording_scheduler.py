@@ -12,7 +12,7 @@ Lines, by their first element:
   "s"  [n, s0, s1, u0, u1, running, waiting, blocks used, decode rows, their computed tokens summed,
         the largest of these, other rows, preempted indices, prefix hits, tokens out, record cost,
         CPU seconds of the engine's thread so far, probe seconds or null, stolen share or null,
-        CPU seconds of that thread at s0]
+        CPU seconds of that thread at s0, seconds that it waited for its core so far or null, those at s0]
 s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are
 [index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]; decode rows (one
 token, prompt computed) are folded, so that a line does not grow with the batch. Prefix hits are
@@ -34,6 +34,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from testbed.core_wait import CoreWait
 from testbed.stolen_time import StolenShare
 
 FLUSH_PERIOD_S = 0.5
@@ -137,7 +138,7 @@ def _meta(scheduler: Any) -> dict[str, Any]:
     model = scheduler.vllm_config.model_config
     later = {name: getattr(settings, name, before) for name, before in BEFORE.items()}
     return {
-        "format": 2,
+        "format": 3,
         "vllm_version": vllm.__version__,
         "scheduler": type(scheduler).__name__,
         "monotonic_s": time.monotonic(),
@@ -168,10 +169,11 @@ class RecordingMixin:
         self._added = 0
         self._index: dict[str, int] = {}
         self._in_flight: deque[list[Any]] = deque()
-        self._cpu_starts: deque[float] = deque()
+        self._starts: deque[tuple[float, float | None]] = deque()  # of each step, as the thread counts
         probed = os.environ.get("ERSIM_SPEED_PROBE") == "1"
         self._probe = SpeedProbe() if probed else None
         self._stolen = StolenShare() if probed else None
+        self._waited = CoreWait() if probed else None
         self._log.put(("m", _meta(self)))
 
     def add_request(self, request: Any) -> None:
@@ -194,9 +196,9 @@ class RecordingMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         s0, cpu_start = time.monotonic(), time.thread_time()
+        self._starts.append((cpu_start, None if self._waited is None else self._waited()))
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         s1 = time.monotonic()
-        self._cpu_starts.append(cpu_start)
         self._in_flight.append(self._describe(output, s0, s1))
         self._in_flight[-1].append(time.monotonic() - s1)
         self._steps += 1
@@ -232,11 +234,15 @@ class RecordingMixin:
         record = self._in_flight.popleft()  # first in, first out: outputs come in schedule order
         record[4], record[5] = u0, u1
         record[15] = sum(len(out.new_token_ids) for core in result.values() for out in core.outputs)
+        cpu, waited = time.thread_time(), None if self._waited is None else self._waited()
+        cpu_start, waited_start = self._starts.popleft()
         record += (
-            time.thread_time(),
+            cpu,
             None if self._probe is None else self._probe(),
             None if self._stolen is None else round(self._stolen(u1), 4),
-            self._cpu_starts.popleft(),
+            cpu_start,
+            waited,
+            waited_start,
         )
         record[16] += time.monotonic() - u1
         self._log.put(tuple(record))

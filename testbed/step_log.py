@@ -38,8 +38,8 @@ from testbed.log_lines import (
     read_lines,
 )
 
-FORMATS = (1, 2)
-"""1 said nothing of stolen time and of CPU seconds at a step's start."""
+FORMATS = (1, 2, 3)
+"""1 said nothing of stolen time and of CPU seconds at a step's start, 2 nothing of waiting for a core."""
 REMEDY = "record it again"
 _HEXADECIMAL = re.compile("[0-9a-f]+")
 
@@ -61,7 +61,8 @@ class LoggedStep:
 
     cpu_s, cpu_start_s: CPU seconds of the engine's thread until this step's end and its schedule_s; probe_s:
     what the speed probe took then (see `recording_scheduler.SpeedProbe`); stolen_share: of the last second
-    (see `stolen_time`). None where they were not recorded.
+    (see `stolen_time`); waited_s, waited_start_s: seconds that the thread waited for its core (`core_wait`),
+    as the CPU seconds are. None where they were not recorded.
     """
 
     number: int
@@ -84,6 +85,8 @@ class LoggedStep:
     probe_s: float | None = None
     stolen_share: float | None = None
     cpu_start_s: float | None = None
+    waited_s: float | None = None
+    waited_start_s: float | None = None
 
     def batch(self) -> Batch:
         """The step as the step-time models see it."""
@@ -213,13 +216,14 @@ _STEP = (
     ("largest decode context", COUNT), ("other rows", _FIVES), ("preempted", COUNTS), ("prefix hits", _PAIRS),
     ("tokens out", COUNT), ("record cost", NUMBER),
     ("CPU seconds", maybe(NUMBER)), ("probe", maybe(_DURATION)), ("stolen share", maybe(_SHARE)),
-    ("CPU seconds at s0", maybe(NUMBER)),
+    ("CPU seconds at s0", maybe(NUMBER)), ("seconds waited", maybe(NUMBER)),
+    ("seconds waited at s0", maybe(NUMBER)),
 )  # fmt: skip
 _FIELDS: Mapping[str, tuple[Sequence[tuple[str, Kind]], int]] = {
     "m": ((("constants", Kind("an object", lambda value: type(value) is dict)),), 1),
     "a": (_ADDED, len(_ADDED)),
     "f": (_FINISHED, len(_FINISHED)),
-    "s": (_STEP, len(_STEP) - 4),
+    "s": (_STEP, len(_STEP) - 6),
 }
 """By a line's first element: its others, and how many of them format 1 has already."""
 
@@ -258,7 +262,8 @@ def _check_line(line: Line, record: object) -> None:
 
 def _check_meta(line: Line, meta: Mapping[str, Any]) -> None:
     """Raise DataError unless the constants are those of a format that is known."""
-    known = Kind(" or ".join(map(str, FORMATS)), lambda value: type(value) is int and value in FORMATS)
+    formats = f"one of {', '.join(map(str, FORMATS))}"
+    known = Kind(formats, lambda value: type(value) is int and value in FORMATS)
     for name, kind in {"format": known, **META}.items():
         if name not in meta:
             raise line.bad(f"lacks the engine's {name}")
@@ -271,7 +276,7 @@ def _step(record: Sequence[Any]) -> LoggedStep:
         tuple(StepRow(*row) for row in record[12]),
         tuple(record[13]),
         tuple((index, tokens) for index, tokens in record[14]),
-        *record[15:21],
+        *record[15:23],
     ]
     return LoggedStep(*values)
 

@@ -7,27 +7,33 @@ import pytest
 
 from testbed.core_time import LEAST_SHARE, MOST_OWN, stretch, undisturbed_s
 from testbed.step_log import LoggedStep, StepLog
+from testbed.stolen_time import LARGEST
 
 STEP_S = 0.02
 
 
 def log_of(
-    taken_s: list[float], one_thread: bool = True, stolen: float | None = 0.0, between_s: float = 0.0
+    taken_s: list[float],
+    one_thread: bool = True,
+    stolen: float | None = 0.0,
+    between_s: float = 0.0,
+    waiting: float | None = None,
 ) -> StepLog:
     """Steps of 20 ms of work, from whose thread `taken_s` was taken; the third follows a pause of 1 s.
 
-    between_s: of work after each step's end, before the next one is scheduled.
+    between_s: of work after each step's end, before the next one is scheduled. waiting: share of what was
+    taken in which the thread waited for another; None: not counted.
     """
-    steps, clock, cpu = [], 5.0, 100.0
+    steps, clock, cpu, waited = [], 5.0, 100.0, 7.0
     for number, taken in enumerate(taken_s):
         if number == 2:
-            clock, cpu = clock + 1.0, cpu + 0.3  # while idle the thread asked for work
-        start, end, began = clock, clock + STEP_S + taken, cpu
-        cpu += STEP_S
+            clock, cpu, waited = clock + 1.0, cpu + 0.3, waited + 0.1  # while idle the thread asked for work
+        start, end, began, queued = clock, clock + STEP_S + taken, cpu, waited
+        cpu, waited = cpu + STEP_S, waited + taken * (waiting or 0.0)
         steps.append(
             LoggedStep(
                 number + (number >= 2), start, start, end, end, 1, 0, 1, 1, 9, 9, (), (), (), 1, 1e-5, cpu,
-                None, stolen, began,
+                None, stolen, began, *((None, None) if waiting is None else (waited, queued)),
             )
         )  # fmt: skip
         clock, cpu = end + between_s, cpu + between_s
@@ -78,3 +84,29 @@ def test_logs_without_either_are_as_they_are() -> None:
     log = log_of([0.01] * 3, one_thread=False, stolen=None)
     np.testing.assert_allclose(stretch(log), 1.0)
     np.testing.assert_allclose(undisturbed_s(log), log.periods_s())
+
+
+def test_a_thread_that_ran_and_waited_knows_what_was_stolen_from_it() -> None:
+    """Whatever the machine says: it counts processors that wait to be woken."""
+    log = log_of([0.01] * 9, stolen=0.7, waiting=0.25)
+    np.testing.assert_allclose(stretch(log), 0.03 / (0.03 - 0.0075))
+    np.testing.assert_allclose(stretch(log_of([0.01] * 9, stolen=0.7, waiting=1.0)), 1.0, rtol=1e-9)
+
+
+def test_stolen_time_comes_in_pieces_that_the_steps_around_felt_together() -> None:
+    taken = [0.1 * (number % 20 == 0) for number in range(200)]
+    factors = stretch(log_of(taken, waiting=0.0))
+    np.testing.assert_allclose(factors[:2], 7 / 2)  # a second before all others
+    np.testing.assert_allclose(factors[2:], 25 / 20, rtol=0.1)
+    later = stretch(log_of([0.0] * 100 + taken, waiting=0.0))
+    np.testing.assert_allclose(later[:70], 1.0, rtol=1e-9)
+    np.testing.assert_allclose(later[130:], 25 / 20, rtol=0.1)
+
+
+def test_a_thread_that_was_stopped_altogether_is_stretched_no_further_than_any() -> None:
+    assert stretch(log_of([9.98], waiting=0.0)) == pytest.approx(1.0 / (1.0 - LARGEST))
+    assert stretch(log_of([-0.001], waiting=0.0)) == 1.0
+
+
+def test_threads_that_share_the_work_do_not_know_what_was_stolen() -> None:
+    np.testing.assert_allclose(stretch(log_of([0.02] * 4, one_thread=False, stolen=0.2, waiting=0.0)), 1.25)

@@ -89,7 +89,7 @@ def test_settings_that_a_release_lacks_are_written_as_it_behaves(
 def recorded_twice(recorder: Any, monkeypatch: pytest.MonkeyPatch, path: Path) -> StepLog:
     """Two steps of one decoding request, the second scheduled before the first one's outputs are there.
 
-    The thread has used a second more whenever its time is asked for.
+    The thread has used a second more whenever its time is asked for, and waited for its core an hour.
     """
     base, seconds, cpu_s = recorder.AsyncScheduler, itertools.count(100.0), itertools.count(1.0)
     decode = types.SimpleNamespace(
@@ -101,7 +101,9 @@ def recorded_twice(recorder: Any, monkeypatch: pytest.MonkeyPatch, path: Path) -
     monkeypatch.setattr(recorder, "time", clock)
     monkeypatch.setattr(recorder, "SpeedProbe", lambda: lambda: 0.25)
     monkeypatch.setattr(recorder, "StolenShare", lambda: lambda now_s: 0.123456)
-    meta = dataclasses.asdict(EngineConfig()) | {"format": 2, "vllm_version": "0.32.0"}
+    waited_s = itertools.count(3600.0, 3600.0)
+    monkeypatch.setattr(recorder, "CoreWait", lambda: lambda: next(waited_s))
+    meta = dataclasses.asdict(EngineConfig()) | {"format": 3, "vllm_version": "0.32.0"}
     monkeypatch.setattr(recorder, "_meta", lambda scheduler: meta)
     monkeypatch.setenv("ERSIM_STEP_LOG", str(path))
     scheduler = recorder.RecordingAsyncScheduler()
@@ -123,6 +125,8 @@ def test_each_step_has_its_own_threads_time_probe_and_stolen_share(
     monkeypatch.setenv("ERSIM_SPEED_PROBE", "1")
     steps = recorded_twice(recorder, monkeypatch, tmp_path / "cpu.jsonl").steps
     assert [(step.number, step.cpu_start_s, step.cpu_s) for step in steps] == [(0, 1.0, 3.0), (1, 2.0, 4.0)]
+    waits = [(step.waited_start_s, step.waited_s) for step in steps]
+    assert waits == [(3600.0, 10800.0), (7200.0, 14400.0)]
     assert [(step.probe_s, step.stolen_share) for step in steps] == [(0.25, 0.1235)] * 2
     assert all(step.schedule_s < step.scheduled_s < step.update_s < step.updated_s for step in steps)
     assert {(step.decode_seqs, step.decode_context_tokens, step.blocks_used) for step in steps} == {(1, 8, 1)}
@@ -133,7 +137,8 @@ def test_a_gpu_is_neither_probed_nor_stolen_from(
 ) -> None:
     monkeypatch.delenv("ERSIM_SPEED_PROBE", raising=False)
     log = recorded_twice(recorder, monkeypatch, tmp_path / "gpu.jsonl")
-    assert [(step.probe_s, step.stolen_share) for step in log.steps] == [(None, None)] * 2
+    unknown = [(step.probe_s, step.stolen_share, step.waited_start_s, step.waited_s) for step in log.steps]
+    assert unknown == [(None,) * 4] * 2
     np.testing.assert_array_equal(undisturbed_s(log), log.periods_s())
 
 

@@ -189,7 +189,7 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
         read_step_log(empty)
     old = tmp_path / "old.jsonl"
     old.write_text(json.dumps(["m", {"format": 99}]) + "\n")
-    with pytest.raises(DataError, match="format must be 1 or 2, got 99"):
+    with pytest.raises(DataError, match="format must be one of 1, 2, 3, got 99"):
         read_step_log(old)
 
 
@@ -199,7 +199,7 @@ META_LINE = RECORDED.read_text().splitlines()[0]
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'["s",1,2]', "must have 16 to 20 values after 's', got 2"),
+        (b'["s",1,2]', "must have 16 to 22 values after 's', got 2"),
         (b'["a",1]', "must have 7 values after 'a', got 1"),
         (
             b'["f",1,2,"FINISHED_STOPPED",3,0,"ab"]',
@@ -207,7 +207,7 @@ META_LINE = RECORDED.read_text().splitlines()[0]
         ),
         (b'["m",5]', "constants must be an object, got 5"),
         (b'["m",{"format":2}]', "lacks the engine's vllm_version"),
-        (b'["m",{"format":[2]}]', r"format must be 1 or 2, got \[2\]"),
+        (b'["m",{"format":[2]}]', r"format must be one of 1, 2, 3, got \[2\]"),
         (b'["x",1]', "must begin with one of m, a, f, s, got 'x'"),
         (b"[[1],2]", r"must begin with one of m, a, f, s, got \[1\]"),
         (b'{"a": 1}', r"must be a JSON array, got \{'a': 1\}"),
@@ -220,6 +220,10 @@ META_LINE = RECORDED.read_text().splitlines()[0]
         (
             b'["s",0,1,1,2,2,1,0,1,1,8,8,[],[],[],1,0.1,9,0.1,1.0]',
             r"stolen share must be a number from 0 to below 1 or null, got 1\.0",
+        ),
+        (
+            b'["s",0,1,1,2,2,1,0,1,1,8,8,[],[],[],1,0.1,9,0.1,0.5,8,"1"]',
+            "seconds waited must be a finite number or null, got '1'",
         ),
         (b'["a",1.0,true,"x",5,5,0,[]]', "index must be an integer >= 0, got True"),
         (b"\xff\xfe\x00", "is not JSON"),

@@ -1,0 +1,34 @@
+"""Time that a thread was ready to run while another one of this machine had its core.
+
+Linux counts it for each thread (second figure of /proc/<process>/task/<thread>/schedstat). What the
+hypervisor gives to other machines while the thread has its core is not in it, nor in the thread's CPU time:
+of a thread that never sleeps, what is left of a stretch of time without both was stolen (`core_time`).
+"""
+
+from __future__ import annotations
+
+import os
+
+FILE = "/proc/thread-self/schedstat"
+LONGEST = 128  # characters of three counts
+
+
+class CoreWait:
+    """Seconds that the thread which asks has waited for its core so far; always the same thread."""
+
+    def __init__(self, file: str = FILE) -> None:
+        self._path = file
+        self._file: int | None = None
+        self._known = True
+
+    def __call__(self) -> float | None:
+        """Two microseconds; None where the operating system does not count it."""
+        if not self._known:
+            return None
+        try:
+            if self._file is None:  # of the thread that asks: it may not be the one that made this object
+                self._file = os.open(self._path, os.O_RDONLY)
+            return int(os.pread(self._file, LONGEST, 0).split()[1]) / 1e9
+        except (OSError, ValueError, IndexError, AttributeError):  # no Linux, or one without these counts
+            self._known = False
+            return None
