@@ -46,6 +46,7 @@ from testbed.fleet import LiveFleet, check_servers, replica_name
 from testbed.fleet_calibration import FILE, FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
 from testbed.foreign_work import MOST_CORES, CpuUse, undisturbed
+from testbed.front_end import FrontEnd
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
 from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
@@ -293,7 +294,8 @@ def _contention(
     slow = _slowed(name, logs[name], standings, model.calibration, alone)
     steady = UsualProbe.of(model.calibration) is None  # a GPU
     felt = Sensitivity.of(model.calibration)
-    return fit_contention(name, logs, alone, slow, seed, rounds_s, felt, steady)
+    own = FrontEnd.of(model.calibration)
+    return fit_contention(name, logs, alone, slow, seed, rounds_s, felt, steady, own)
 
 
 def _slowed(
@@ -323,7 +325,12 @@ def calibrated_fleet(fleet: FleetConfig, calibrations: dict[str, Calibration], f
 
 def contention_summary(item: Contention) -> dict[str, Any]:
     """The fitted figures, without refits and scatter."""
-    return {"base": item.base, "slowdowns": dict(item.slowdowns), "rounds": list(item.rounds)}
+    return {
+        "base": item.base,
+        "token_wait_s": item.token_wait_s,
+        "slowdowns": dict(item.slowdowns),
+        "rounds": list(item.rounds),
+    }
 
 
 def held_out_words(fit: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ from experiments.live_schema import (
     to_live,
 )
 from experiments.live_tracking import failures_logged, log_validation
-from testbed.fleet import LiveFleet, replica_name
+from testbed.fleet import LiveFleet, check_servers, replica_name
 from testbed.fleet_calibration import (
     FleetCalibration,
     calibration_digests,
@@ -146,6 +146,7 @@ def _measure(
 
     Before each round every server answers a few requests alone (see `testbed.standing`).
     """
+    check_servers(base.fleet)  # before anything that an earlier measurement left is moved
     set_earlier_aside(folder / "runs", WHOLE, "*/run.json")
     digests = calibration_digests(base.fleet, shared)
     on_cpu = any(expert.gpu == "cpu" for expert in base.fleet.experts.values())

@@ -20,6 +20,10 @@ FloatArray = npt.NDArray[np.float64]
 ROUND_STD = 0.05  # relative, of rounds beyond the probe: in the common load of five profiles
 BASE_STD = 0.05  # of the steady factor, and of blocks on a steady host: guesses, nobody has measured them
 STEADY_STD = 0.01
+USUAL_SLOWDOWN = (
+    0.015  # where waiting for the core is counted apart: CPU time in the runs of two measurements
+)
+SLOWDOWN_STD = 0.015  # as far as their two experts were apart
 MOST_TURNS = 200
 REFITS = 40
 DIGITS = 6
@@ -27,11 +31,13 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class CommonLoadFit:
-    """base: on the time alone; slowdowns: by neighbour, over base; factors: by round."""
+    """base: on the time alone; slowdowns: by neighbour, over base; factors: by round; token_wait_s: see
+    `CommonLoad.token_wait_s`."""
 
     base: float
     slowdowns: FloatArray
     factors: FloatArray
+    token_wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class CommonLoad:
     """Arrays over steps. shares: as felt, a column per neighbour; rounds: index of each one's round.
 
     told_s: time alone; measured_s: at slowness 1. round_count: of all rounds, those without steps included.
+    traffic: tokens that each shares its core with (see `contention`); waited_s: for others than its own front
+    end, at slowness 1, NaN where that is not known.
     """
 
     told_s: FloatArray
@@ -47,16 +55,35 @@ class CommonLoad:
     rounds: npt.NDArray[np.int64]
     ends_s: FloatArray
     round_count: int
+    traffic: FloatArray
+    waited_s: FloatArray
 
     def only(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> CommonLoad:
         """Some of the steps."""
-        arrays = ("told_s", "measured_s", "shares", "rounds", "ends_s")
+        arrays = ("told_s", "measured_s", "shares", "rounds", "ends_s", "traffic", "waited_s")
         return replace(self, **{name: getattr(self, name)[chosen] for name in arrays})
 
     def modelled_s(self, fit: CommonLoadFit) -> FloatArray:
         """What the fit says of each step, seconds, shape (steps,)."""
         loaded: FloatArray = fit.base * self.told_s * (1.0 + self.shares @ fit.slowdowns)
-        return loaded * fit.factors[self.rounds]
+        return (loaded + fit.token_wait_s * self.traffic) * fit.factors[self.rounds]
+
+    def token_wait_s(self) -> float:
+        """Seconds that a step waits for each token of its traffic; 0 where no step tells.
+
+        The median of blocks of `BLOCK_S`, each counting as many tokens as were handed out in it. Within a
+        block all that was waited counts, since single waits are a time slice or nothing; of blocks other work
+        on the machine may have disturbed some (steps waited four times as long in a quarter of a profile's).
+        """
+        known = (self.traffic > 0.0) & ~np.isnan(self.waited_s)
+        if not known.any():
+            return 0.0
+        _, block = np.unique((self.ends_s[known] / BLOCK_S).astype(int), return_inverse=True)
+        tokens = np.bincount(block, self.traffic[known])
+        each_s = np.bincount(block, self.waited_s[known]) / tokens
+        order = np.argsort(each_s)
+        half = np.searchsorted(np.cumsum(tokens[order]), tokens.sum() / 2)
+        return max(0.0, float(each_s[order][half]))
 
     def over_modelled(self, fit: CommonLoadFit) -> FloatArray:
         """By round: seconds measured over seconds modelled; 1 where there was no step."""
@@ -73,9 +100,11 @@ class CommonLoad:
         columns = np.column_stack([np.ones(len(self.told_s)), self.shares])
         prior = np.sqrt(BLOCK_S) * STEADY_STD / BASE_STD  # as so many seconds of steps would hold it
         row = np.array([prior] + [0.0] * self.shares.shape[1])
-        added, *slowdowns = self._nonnegative(columns, held=(row, prior * usual))
+        token_wait_s = self.token_wait_s()
+        rest_s = self.measured_s - token_wait_s * self.traffic
+        added, *slowdowns = self._nonnegative(columns, rest_s, held=(row, prior * usual))
         base = 1.0 + float(added)
-        return CommonLoadFit(base, np.array(slowdowns) / base, np.ones(self.round_count))
+        return CommonLoadFit(base, np.array(slowdowns) / base, np.ones(self.round_count), token_wait_s)
 
     def round_trust(self) -> FloatArray:
         """By round: how far its own mean counts against 1, from how many blocks of `BLOCK_S` it has.
@@ -87,45 +116,53 @@ class CommonLoad:
         trust: FloatArray = blocks / (blocks + (BLOCK_STD / ROUND_STD) ** 2)
         return trust
 
-    def fit_rounds(self, trust: FloatArray) -> CommonLoadFit:
+    def fit_rounds(self, trust: FloatArray, usual: float = USUAL_SLOWDOWN) -> CommonLoadFit:
         """The slowdowns and a factor for each round, in turn until neither moves.
 
-        A round's factor is its mean ratio, drawn towards 1 as its trust is small (see `round_trust`).
+        A round's factor is its mean ratio, drawn towards 1 as its trust is small (see `round_trust`). usual:
+        slowdown by each neighbour before anything is seen; held to by `SLOWDOWN_STD` where what steps waited
+        for is counted apart. Elsewhere it is in the slowdowns, and nothing is known of them.
         """
-        factors = np.ones(self.round_count)
+        factors, waits_s = np.ones(self.round_count), self.token_wait_s() * self.traffic
+        held = None
+        if not np.isnan(self.waited_s).all():
+            prior = np.sqrt(BLOCK_S) * BLOCK_STD / SLOWDOWN_STD  # as so many seconds of steps would hold it
+            held = prior * np.eye(self.shares.shape[1]), prior * usual
         members = [self.rounds == one for one in range(self.round_count)]
         for _ in range(MOST_TURNS):
-            slowdowns = self._nonnegative(self.shares, factors[self.rounds])
-            loaded = self.told_s * (1.0 + self.shares @ slowdowns)
+            slowdowns = self._nonnegative(self.shares, self.measured_s / factors[self.rounds] - waits_s, held)
+            loaded = self.told_s * (1.0 + self.shares @ slowdowns) + waits_s
             took = [(self.measured_s[row].sum(), loaded[row].sum()) for row in members]
             before = factors
             factors = np.array([real / said if said else 1.0 for real, said in took]) ** trust
             if np.allclose(before, factors, rtol=0.0, atol=1e-6):
                 break
-        return CommonLoadFit(1.0, slowdowns, factors)
+        return CommonLoadFit(1.0, slowdowns, factors, self.token_wait_s())
 
     def _nonnegative(
         self,
         columns: FloatArray,
-        factors: FloatArray | float = 1.0,
+        loaded_s: FloatArray,
         held: tuple[FloatArray, float] | None = None,
     ) -> FloatArray:
-        """Coefficients >= 0 of columns x time alone that, with the time alone, make the steps.
+        """Coefficients >= 0 of columns x time alone that, with the time alone, make the steps' `loaded_s`.
 
-        held: one more row of coefficients' weights, and what they should make.
+        held: more rows of coefficients' weights, and what each should make.
         """
         if columns.shape[1] == 0:  # which SciPy's nnls does not survive
             return np.zeros(0)
         weight = 1.0 / np.sqrt(self.told_s)  # between single steps (1/told) and sums (1)
-        wanted = (self.measured_s / factors - self.told_s) * weight
+        wanted = (loaded_s - self.told_s) * weight
         matrix = columns * (self.told_s * weight)[:, None]
         if held is not None:
-            matrix, wanted = np.vstack([matrix, held[0]]), np.append(wanted, held[1])
+            more = np.atleast_2d(held[0])
+            matrix = np.vstack([matrix, more])
+            wanted = np.concatenate([wanted, np.full(len(more), held[1])])
         found: FloatArray = nnls(matrix, wanted)[0]
         return found
 
     def refits(self, fit: CommonLoadFit, steady: bool, rng: np.random.Generator) -> list[list[float]]:
-        """[base, *slowdowns] fitted to other moments; none below three blocks.
+        """[base, *slowdowns, token_wait_s] fitted to other moments; none below three blocks.
 
         Blocks of `BLOCK_S` seconds are drawn with replacement, and so are the moods of rounds (or the steady
         factor's usual value), from what is usual: they and the neighbours look alike within a round.
@@ -144,6 +181,9 @@ class CommonLoad:
             else:
                 moods = np.exp(ROUND_STD * rng.standard_normal(len(fit.factors))) / fit.factors
                 moved_s = chosen.measured_s * moods[chosen.rounds]
-                again = replace(chosen, measured_s=moved_s).fit_rounds(trust)
-            found.append([float(f"{value:.{DIGITS}g}") for value in (again.base, *again.slowdowns)])
+                usual = max(0.0, USUAL_SLOWDOWN + SLOWDOWN_STD * rng.standard_normal())
+                again = replace(chosen, measured_s=moved_s).fit_rounds(trust, usual)
+            found.append(
+                [float(f"{value:.{DIGITS}g}") for value in (again.base, *again.slowdowns, again.token_wait_s)]
+            )
         return found

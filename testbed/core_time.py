@@ -19,15 +19,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from testbed.front_end import FrontEnd
+from testbed.speed_probe import kinds_of
 from testbed.step_log import StepLog
 from testbed.stolen_time import LARGEST
 
 FloatArray = npt.NDArray[np.float64]
 REACH_S = 0.5
 LEAST_SHARE = 0.05  # less was a stall, and no share at all would make a step of no time
-MOST_OWN = 0.02
-"""Of a step's time that an expert's own front end takes from its core, alone. Bound servers lose 4 to 6 %
-while they decode; counting it all made predictions at 1 and 2 users worse (docs/testbed.md), so it is not."""
+MOST_OWN = 0.02  # of a step's time that its own front end takes from its core, where nobody counts waiting
 
 
 def stretch(log: StepLog) -> FloatArray:
@@ -60,11 +60,11 @@ def _stolen_s(log: StepLog) -> FloatArray:
     return log.periods_s() - _grown(log, "cpu") - _grown(log, "waited")
 
 
-def undisturbed_s(log: StepLog) -> FloatArray:
+def undisturbed_s(log: StepLog, own: FrontEnd | None = None) -> FloatArray:
     """Seconds that each step of a server alone would have taken on a core that nobody took, shape (steps,).
 
-    What its own front end takes of the core is the expert's: what the threads lacked in all beyond what was
-    stolen in all, `MOST_OWN` at most.
+    What its own front end takes of the core is the expert's. own: that, as its profile said; where no profile
+    could, it is what the threads lacked in all beyond what was stolen in all, `MOST_OWN` at most.
     """
     periods_s = log.periods_s()
     by_machine_s: FloatArray = periods_s / stretch(log)
@@ -73,9 +73,28 @@ def undisturbed_s(log: StepLog) -> FloatArray:
     cpu_s = _grown(log, "cpu")
     known = ~np.isnan(cpu_s)
     own_s = np.clip(cpu_s[known], LEAST_SHARE * periods_s[known], periods_s[known])
-    factor = min(1.0 + MOST_OWN, by_machine_s[known].sum() / own_s.sum()) if known.any() else 1.0
-    by_machine_s[known] = factor * own_s
+    if own is not None:
+        by_machine_s[known] = (1.0 + own.shares(kinds_of(log)[known])) * own_s
+    elif known.any():
+        by_machine_s[known] = min(1.0 + MOST_OWN, by_machine_s[known].sum() / own_s.sum()) * own_s
     return by_machine_s
+
+
+def front_end(log: StepLog) -> FrontEnd | None:
+    """What the front end of a server alone took of its core; None where its thread does not tell."""
+    if not log.meta.get("one_thread"):
+        return None
+    return FrontEnd.fit(_grown(log, "waited"), _grown(log, "cpu"), kinds_of(log))
+
+
+def waited_for_others_s(log: StepLog, own: FrontEnd | None) -> FloatArray:
+    """Seconds of each step that its thread waited for others than its own front end, shape (steps,).
+
+    NaN where that is not known; below 0 where the front end took less than it used to, alone.
+    """
+    if own is None or not log.meta.get("one_thread"):
+        return np.full(len(log.steps), np.nan)
+    return _grown(log, "waited") - own.shares(kinds_of(log)) * _grown(log, "cpu")
 
 
 def _grown(log: StepLog, count: str) -> FloatArray:

@@ -60,20 +60,26 @@ def _step_times(
         start = np.random.default_rng([config.seed + replication, 8])
         run = [config.seed + replication, 9, repeat]  # one host, which all experts of a run share
         speed = {name: trace.drawn(start, np.random.default_rng(run)) for name, trace in speed.items()}
-    for index, (name, expert) in enumerate(config.fleet.experts.items()):
-        model = shared.expert(expert, f"fleet.experts.{name}")
-        rng = np.random.default_rng([config.seed + replication, 5, index]) if replication else None
-        alone = model.step_time(rng)
-        if known is None:
-            times.append(alone)
-            continue
+    models = {name: shared.expert(e, f"fleet.experts.{name}") for name, e in config.fleet.experts.items()}
+    draws = {
+        name: np.random.default_rng([config.seed + replication, 5, index]) if replication else None
+        for index, name in enumerate(models)
+    }
+    alone = {name: model.step_time(draws[name]) for name, model in models.items()}
+    if known is None:
+        return list(alone.values())
+    for index, (name, model) in enumerate(models.items()):
+        rng = draws[name]
         fitted = known.contention.get(name, Contention())
         contention = fitted if rng is None else fitted.drawn(rng)
         moments = np.random.default_rng([config.seed + replication, 6, index, repeat])
         player = fitted.scatter.player(moments) if config.uncertainty.step_noise else None
         around = neighbours(name, replicas)
         felt = Sensitivity.of(model.calibration)
-        times.append(ContendedStepTime(alone, contention, around, speed.get(name), player, name, felt))
+        theirs = [alone[other] for other in around]
+        times.append(
+            ContendedStepTime(alone[name], contention, around, speed.get(name), player, name, felt, theirs)
+        )
     return times
 
 

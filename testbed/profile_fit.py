@@ -16,7 +16,9 @@ from ersim.errors import DataError, bad_value
 from ersim.steptime import Calibration, fit_live_calibration, load_model
 from ersim.steptime.evaluate import PreparedStepTime
 from ersim.types import Batch, StepTime
-from testbed.core_time import undisturbed_s
+from testbed.core_time import front_end, undisturbed_s
+from testbed.front_end import KEY as FRONT_END_KEY
+from testbed.front_end import FrontEnd
 from testbed.load import RequestRecord
 from testbed.power import PowerLog, power_model
 from testbed.profiling import ProfileRun
@@ -47,12 +49,12 @@ class Profiled:
 
 
 def profile_steps(
-    log: StepLog, run: ProfileRun, usual: UsualProbe | None
+    log: StepLog, run: ProfileRun, usual: UsualProbe | None, own: FrontEnd | None = None
 ) -> tuple[list[Batch], FloatArray, FloatArray]:
     """Batches of all steps of the plan's phases (warm-up excluded), their seconds, the host's slowness.
 
     In recorded order; seconds without what others took of the core (see `core_time`). usual: what the speed
-    probe takes at slowness 1.
+    probe takes at slowness 1. own: what the server's front end takes of its core.
     """
     spans = [(p.start_s, p.end_s) for p in run.phases if p.skipped is None and p.name != "warmup"]
     inside = np.array(
@@ -64,14 +66,14 @@ def profile_steps(
         raise DataError(
             "the profile recorded no step; did the server run with the recorder (live.record_steps)?"
         )
-    return batches, undisturbed_s(log)[inside], slowness(Probes.of(log), usual)[inside]
+    return batches, undisturbed_s(log, own)[inside], slowness(Probes.of(log), usual)[inside]
 
 
 def cleared_steps(
     log: StepLog, run: ProfileRun, calibration: Calibration, alone: StepTime
 ) -> tuple[list[Batch], FloatArray]:
     """Batches of the plan's steps, and their seconds as they would be at slowness 1, in recorded order."""
-    batches, measured_s, slow = profile_steps(log, run, UsualProbe.of(calibration))
+    batches, measured_s, slow = profile_steps(log, run, UsualProbe.of(calibration), FrontEnd.of(calibration))
     told_s = np.array([alone.step_s(batch) for batch in batches])
     return batches, measured_s / Sensitivity.of(calibration).slowed_each(slow, one_row_share(alone, told_s))
 
@@ -137,15 +139,16 @@ def fit(profiled: Profiled) -> Calibration:
     to steps cleared of what they themselves make of it, which the first fit shows (see `sensitivity`).
     """
     usual = UsualProbe.fit(Probes.of(profiled.log))
-    batches, measured_s, slow = profile_steps(profiled.log, profiled.run, usual)
-    first = _calibration(profiled, batches, measured_s / slow, Sensitivity(), usual)
+    own = front_end(profiled.log)
+    batches, measured_s, slow = profile_steps(profiled.log, profiled.run, usual, own)
+    first = _calibration(profiled, batches, measured_s / slow, Sensitivity(), usual, own)
     if usual is None:
         return first
     alone = _alone(first)
     told_s = np.array([alone.step_s(batch) for batch in batches])
     share = one_row_share(alone, told_s)
     felt = fit_sensitivity(measured_s, told_s, share, slow)
-    return _calibration(profiled, batches, measured_s / felt.slowed_each(slow, share), felt, usual)
+    return _calibration(profiled, batches, measured_s / felt.slowed_each(slow, share), felt, usual, own)
 
 
 def _alone(calibration: Calibration) -> StepTime:
@@ -168,6 +171,7 @@ def _calibration(
     cleared_s: FloatArray,
     felt: Sensitivity,
     usual: UsualProbe | None,
+    own: FrontEnd | None,
 ) -> Calibration:
     """The fit to steps cleared of the host's slowness, seconds."""
     expert, log, run = profiled.expert, profiled.log, profiled.run
@@ -192,6 +196,7 @@ def _calibration(
             "recorder_overhead": round(log.record_overhead(), 5),
             PROBE_KEY: None if usual is None else dataclasses.asdict(usual),
             KEY: dataclasses.asdict(felt),
+            FRONT_END_KEY: None if own is None else dataclasses.asdict(own),
             "model_config": {**model_shape(spec), "max_position_embeddings": spec.max_position},
         },
         seed=profiled.seed,

@@ -91,9 +91,11 @@ class SpeedProbe:
     """A fixed piece of work whose time tells how fast this core is at the moment.
 
     On a shared host the same step takes half as long again for seconds at a time: other tenants use
-    the core's other thread, its caches and its memory. Of the probe's 0.2 ms a third is arithmetic
-    in the first cache (a 64 x 64 product), a third reads 512 KiB, a third goes on through 8 MiB. How
-    steps follow it is fitted (see `testbed.sensitivity`). At most every 20 ms.
+    the core's other thread, its caches and its memory. A quarter of the probe's 0.3 ms is arithmetic in
+    the first cache (64 x 64 products), a third reads 512 KiB that the step before has driven out of the
+    caches, a seventh reads them again, and the rest goes on through 8 MiB. How steps follow it is fitted
+    (see `testbed.sensitivity`); without reading again it followed them less (6 to 12 % more was left
+    unexplained of the medians of two seconds). At most every 20 ms.
     """
 
     def __init__(self) -> None:
@@ -113,6 +115,7 @@ class SpeedProbe:
             return None
         self._square @ self._square
         self._square @ self._square
+        self._near.sum()
         self._near.sum()
         self._far[self._at : self._at + (1 << 16)].sum()
         end_s = time.monotonic()

@@ -37,6 +37,12 @@ def kind_of(decode_seqs: int, prefill_tokens: int) -> str:
     return str(decode_seqs) if decode_seqs <= OWN_ROWS else MORE
 
 
+def kinds_of(log: StepLog) -> npt.NDArray[np.str_]:
+    """The kind of each step of a log, shape (steps,)."""
+    kinds = [kind_of(step.decode_seqs, sum(row.tokens for row in step.rows)) for step in log.steps]
+    return np.array(kinds, dtype=str)
+
+
 @dataclass(frozen=True)
 class Probes:
     """Consecutive steps and the probes after them, shapes (steps,).
@@ -53,9 +59,8 @@ class Probes:
     @classmethod
     def of(cls, log: StepLog) -> Probes:
         """Those of a log."""
-        kinds = [kind_of(step.decode_seqs, sum(row.tokens for row in step.rows)) for step in log.steps]
         took = np.array([np.nan if step.probe_s is None else step.probe_s for step in log.steps], dtype=float)
-        return cls(log.ends_s(), log.periods_s(), took, np.array(kinds, dtype=str))
+        return cls(log.ends_s(), log.periods_s(), took, kinds_of(log))
 
     def levels_s(self, after: Mapping[str, float]) -> FloatArray:
         """Median probe around each step, each as after a usual one, seconds; NaN where none was near."""

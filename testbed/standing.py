@@ -30,6 +30,7 @@ from testbed.common_load import ROUND_STD
 from testbed.expert_server import ExpertServer
 from testbed.fleet import LiveFleet
 from testbed.foreign_work import TRIES, undisturbed
+from testbed.front_end import FrontEnd
 from testbed.plan import ProfilePlan
 from testbed.profile_fit import profile_steps
 from testbed.profiling import Profiler, ProfileRun
@@ -123,7 +124,9 @@ def check_standing(
         time.sleep(FLUSH_S)
         server.check_alive()
         log = read_step_log(server.spec.steps_path).between(began_s, time.monotonic())
-        return standing(log, run, alone, UsualProbe.of(calibration), Sensitivity.of(calibration))
+        return standing(
+            log, run, alone, UsualProbe.of(calibration), Sensitivity.of(calibration), FrontEnd.of(calibration)
+        )
 
     return undisturbed(check, f"{server.spec.name} alone", say)[0]
 
@@ -171,12 +174,14 @@ def standing(
     alone: StepTime,
     usual: UsualProbe | None = None,
     sensitivity: Sensitivity | None = None,
+    own: FrontEnd | None = None,
 ) -> Standing:
     """The standing that a check's steps show. Raises DataError when it recorded none.
 
     A check of which one phase is left (requests failed) is as doubtful as none.
 
-    usual: what the probe takes at slowness 1; None where nothing is probed. sensitivity: of the calibration.
+    usual: what the probe takes at slowness 1; None where nothing is probed. sensitivity, own: the exponents
+    and the front end of the calibration.
     """
     felt = sensitivity or Sensitivity()
     ratios, shares = [], []
@@ -184,7 +189,7 @@ def standing(
         if phase.name == "warmup" or phase.skipped is not None:
             continue
         try:
-            batches, measured_s, slow = profile_steps(log, ProfileRun([phase]), usual)
+            batches, measured_s, slow = profile_steps(log, ProfileRun([phase]), usual, own)
         except DataError:  # a phase without steps; none at all is an error below
             continue
         told_s = np.array([alone.step_s(batch) for batch in batches])

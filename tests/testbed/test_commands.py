@@ -34,7 +34,7 @@ from testbed.step_scatter import StepScatter
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = FleetCalibration(
     "f", {"a": "a.json"},
-    {"a": Contention({"b": 0.1}, [[1.0, 0.2]], StepScatter([0.9, 1.1], [1.0]), 1.1, [0.98])},
+    {"a": Contention({"b": 0.1}, [[1.0, 0.2, 1e-4]], StepScatter([0.9, 1.1], [1.0]), 1.1, [0.98])},
     {"network_s": 0.001, "base_s": 0.0002, "routing_s": 0.0004, "backend_network_s": 0.003},
     [3, 6], "0.32.0", [[1, 0.001, 0.0, 0.001]], {"a": "d" * 64},
 )  # fmt: skip

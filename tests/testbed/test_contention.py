@@ -11,8 +11,15 @@ import pytest
 from ersim.config import ExpertConfig, FleetConfig, SimulationConfig, WorkloadConfig
 from ersim.prepare import Preparations
 from ersim.types import Batch
-from testbed.contention import ContendedStepTime, Contention, busy_share, fit_contention
+from testbed.contention import (
+    ContendedStepTime,
+    Contention,
+    busy_share,
+    fit_contention,
+    tokens_out,
+)
 from testbed.fleet_calibration import FleetCalibration
+from testbed.front_end import FrontEnd
 from testbed.host_speed import SpeedTrace
 from testbed.live_run import level_config
 from testbed.predict import predict_once
@@ -89,7 +96,7 @@ def test_an_expert_without_neighbours_has_scatter_only() -> None:
     log, _ = contended(800)
     found = fit_contention("a", {"a": [log]}, Affine())
     assert found.slowdowns == {} and found.base == 1.0
-    assert len(found.scatter.decode) == 800 and all(refit == [1.0] for refit in found.refits)
+    assert len(found.scatter.decode) == 800 and all(refit == [1.0, 0.0] for refit in found.refits)
 
 
 def test_what_gateway_and_front_end_add_is_kept_on_a_host_that_nobody_else_uses() -> None:
@@ -338,3 +345,81 @@ def test_contended_steps_cost_more_only_while_the_neighbour_runs() -> None:
     scattered = ContendedStepTime(Steady(), contention, ["b"], None, player)
     assert scattered.step_s(batch) == pytest.approx(1.5 * 0.020)
     np.testing.assert_allclose(scattered.decode_run_s(2, 20, 10, 2), [1.5 * 0.020] * 2)
+
+
+TOKEN_WAIT_S = 3e-4
+OWN = FrontEnd(0.1)
+
+
+def sharing_the_core(
+    steps: int, disturbed: range = range(0), slowdown: float = 0.0
+) -> tuple[StepLog, StepLog]:
+    """Two experts of which the first waits `TOKEN_WAIT_S` for each token that both hand out while both run.
+
+    The other hands out two tokens in each step, which is as long. Every step computes for ten elevenths of
+    the time alone, its front end takes the rest. disturbed: steps in which something else takes 30 ms more.
+    """
+    mine, theirs, clock, cpu_s, waited_s = [], [], 0.0, 0.0, 0.0
+    for number in range(steps):
+        busy, rows = (number // 20) % 2 == 1, 1 + (number // 40) % 4
+        own_s = (0.02 + 0.001 * rows) / 1.1 * (1.0 + slowdown * busy)
+        waits_s = 0.1 * own_s + TOKEN_WAIT_S * (rows + 2) * busy + 0.03 * (number in disturbed)
+        length, began, queued = own_s + waits_s, cpu_s, waited_s
+        cpu_s, waited_s = cpu_s + own_s, waited_s + waits_s
+        plain = step(number, clock, clock + length, decode=rows)
+        counts = {"cpu_s": cpu_s, "cpu_start_s": began, "waited_s": waited_s, "waited_start_s": queued}
+        mine.append(dataclasses.replace(plain, **counts))
+        if busy:
+            theirs.append(step(number, clock, clock + length, decode=2))
+        clock += length
+    return StepLog({**META, "one_thread": True}, mine, {}), StepLog(META, theirs, {})
+
+
+def test_waits_for_the_core_are_told_from_what_the_neighbour_slows() -> None:
+    log, other = sharing_the_core(1600, slowdown=0.02)
+    found = fit_contention("a", {"a": [log], "b": [other]}, Affine(), own=OWN)
+    assert found.token_wait_s == pytest.approx(TOKEN_WAIT_S, rel=0.01)
+    assert found.slowdowns["b"] == pytest.approx(0.02, abs=0.005)
+    assert [refit[2] for refit in found.refits] == pytest.approx([TOKEN_WAIT_S] * 40, rel=0.02)
+    assert np.std([refit[1] for refit in found.refits]) > 0.003, "held to what is usual, with its doubt"
+    half = [np.full(1600, 2.0)]
+    slowed = fit_contention("a", {"a": [at_half_speed(log)], "b": [at_half_speed(other)]}, Affine(), half)
+    assert slowed.token_wait_s == 0.0, "nobody said what the front end takes"
+    assert slowed.slowdowns["b"] > 0.05, "so it is the neighbour's, and not held to anything"
+
+
+def test_a_disturbed_part_of_the_common_load_is_no_traffic() -> None:
+    log, other = sharing_the_core(2400, disturbed=range(100, 500))
+    found = fit_contention("a", {"a": [log], "b": [other]}, Affine(), own=OWN)
+    assert found.token_wait_s == pytest.approx(TOKEN_WAIT_S, rel=0.1)
+
+
+def test_tokens_are_spread_over_the_steps_that_hand_them_out() -> None:
+    other = StepLog(META, [step(0, 1.0, 1.5, decode=4), step(5, 3.0, 4.0, decode=2)], {})
+    starts, ends = np.array([0.0, 1.25, 1.4, 2.0, 2.5]), np.array([0.9, 1.5, 1.6, 2.5, 3.5])
+    np.testing.assert_allclose(tokens_out(starts, ends, other), [0, 2, 0.8, 0, 1], atol=1e-9)
+    np.testing.assert_array_equal(tokens_out(starts, ends, StepLog(META, [], {})), np.zeros(5))
+
+
+def test_contended_steps_wait_for_the_tokens_of_both() -> None:
+    class Neighbour:
+        waiting, kv_used_fraction, healthy = 0, 0.0, True
+
+        def __init__(self, running: int) -> None:
+            self.running = running
+
+    neighbour = Neighbour(0)
+    known = Contention(token_wait_s=1e-3)
+    contended = ContendedStepTime(Affine(), known, ["b"], SpeedTrace((2.0,)), theirs=[Steady()])
+    contended.watch([[neighbour]], lambda: 0.0)
+    batch = Batch(4, 4, 40, 10, (), 4)
+    assert contended.step_s(batch) == pytest.approx(2 * 0.024), "gateway and client have the other core"
+    neighbour.running = 3
+    traffic = 4 + 3 * 0.024 / 0.030
+    assert contended.step_s(batch) == pytest.approx(2 * (0.024 + 1e-3 * traffic))
+    plain = ContendedStepTime(Steady(), known, ["b"], theirs=[Steady()])
+    plain.watch([[neighbour]], lambda: 0.0)
+    np.testing.assert_allclose(plain.decode_run_s(4, 40, 10, 2), [plain.step_s(batch)] * 2)
+    siblings = ContendedStepTime(Affine(), known, ["a"], own="a", theirs=[Affine()])
+    siblings.watch([[Neighbour(4), Neighbour(4), Neighbour(0)]], lambda: 0.0)
+    assert siblings.step_s(batch) == pytest.approx(0.024 + 1e-3 * (4 + 4 / 2)), "one of two others runs"

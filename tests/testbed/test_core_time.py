@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from testbed.core_time import LEAST_SHARE, MOST_OWN, stretch, undisturbed_s
+from testbed.core_time import (
+    LEAST_SHARE,
+    MOST_OWN,
+    front_end,
+    stretch,
+    undisturbed_s,
+    waited_for_others_s,
+)
+from testbed.front_end import FrontEnd
 from testbed.step_log import LoggedStep, StepLog
 from testbed.stolen_time import LARGEST
 
@@ -110,3 +118,23 @@ def test_a_thread_that_was_stopped_altogether_is_stretched_no_further_than_any()
 
 def test_threads_that_share_the_work_do_not_know_what_was_stolen() -> None:
     np.testing.assert_allclose(stretch(log_of([0.02] * 4, one_thread=False, stolen=0.2, waiting=0.0)), 1.25)
+
+
+def test_what_its_front_end_takes_is_the_experts_and_the_rest_is_not() -> None:
+    """A tenth of the work goes to the front end, half as much to others."""
+    log = log_of([0.003] * 9, waiting=1.0)
+    own = FrontEnd(0.05, {"1": 0.1})
+    np.testing.assert_allclose(undisturbed_s(log, own), 1.1 * STEP_S)
+    np.testing.assert_allclose(waited_for_others_s(log, own), 0.001, rtol=1e-9)
+    assert front_end(log) == FrontEnd(0.15, {"1": 0.15})
+
+
+def test_nobody_waits_for_others_where_it_is_not_counted() -> None:
+    several = log_of([0.003] * 3, one_thread=False, waiting=1.0)
+    assert front_end(several) is None and front_end(log_of([0.003] * 3)) is None
+    for log, own in (
+        (several, FrontEnd(0.1)),
+        (log_of([0.003] * 3), FrontEnd(0.1)),
+        (log_of([0.0], waiting=1.0), None),
+    ):
+        assert np.isnan(waited_for_others_s(log, own)).all()

@@ -33,7 +33,7 @@ from testbed.step_scatter import StepScatter
 SHIPPED = CALIBRATION_DIR / "h100-80gb" / "llama3.1-8b_bf16_tp1_tables.json"
 KNOWN = FleetCalibration(
     "f", {"a": "a.json"},
-    {"a": Contention({"b": 0.1}, [[1.0, 0.2]], StepScatter([0.9, 1.1], [1.0]), 1.1, [0.98])},
+    {"a": Contention({"b": 0.1}, [[1.0, 0.2, 1e-4]], StepScatter([0.9, 1.1], [1.0]), 1.1, [0.98], 2e-4)},
     {"network_s": 0.001, "base_s": 0.0002, "routing_s": 0.0004, "backend_network_s": 0.003},
     [3, 6], "0.32.0", [[1, 0.001, -0.002, 0.001]], {"a": "d" * 64},
 )  # fmt: skip
@@ -56,11 +56,12 @@ def test_what_is_no_fleet_calibration_is_refused(tmp_path: Path, text: str) -> N
         (("contention", "a", "base"), None, A + r"\.base must be a number > 0, got null"),
         (("contention", "a", "base"), -1.0, A + r"\.base must be a number > 0, got -1\.0"),
         (("contention", "a", "base"), float("nan"), A + r"\.base must be a number > 0, got nan"),
+        (("contention", "a", "token_wait_s"), -1e-4, A + r"\.token_wait_s must be a number >= 0"),
         (("contention", "a", "row_s"), 0.1, A + r"\.row_s must be absent"),
         (("contention", "a", "slowdowns", "b"), -0.1, A + r"\.slowdowns\.b must be a number >= 0, got -0\.1"),
         (("contention", "a", "refits"), {}, A + r"\.refits must be a list"),
-        (("contention", "a", "refits", 0), [1.0], A + r"\.refits\[0\] must be 2 numbers, got \[1\.0\]"),
-        (("contention", "a", "refits", 0), [1.0, None], A + r"\.refits\[0\]\[1\] must be .*, got null"),
+        (("contention", "a", "refits", 0), [1.0], A + r"\.refits\[0\] must be 3 numbers, got \[1\.0\]"),
+        (("contention", "a", "refits", 0), [1.0, None, 0.0], A + r"\.refits\[0\]\[1\] must be .*, got null"),
         (("contention", "a", "scatter"), {}, A + r"\.scatter\.decode is missing"),
         (("contention", "a", "scatter", "decode"), [-1.0], A + r"\.scatter\.decode\[0\] must be .* >= 0"),
         (("contention", "a", "rounds"), None, A + r"\.rounds must be a list of numbers, got null"),

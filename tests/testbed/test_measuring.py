@@ -52,10 +52,15 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
             folder.mkdir(parents=True)
             (folder / "run.json").write_text(run)
 
+        def check_servers(fleet: FleetConfig) -> None:
+            if fails == "port":
+                raise ConfigError("port in use")
+
         for name, stand_in in {
             "LiveFleet": nothing, "GatewayProcess": nothing, "gateway_settings": lambda *_: None,
             "calibration_digests": lambda *_: {}, "check_all": lambda *_: {}, "_run_once": run_once,
             "check_answered": lambda _: None, "write_run": write_run, "say": said.append,
+            "check_servers": check_servers,
         }.items():  # fmt: skip
             monkeypatch.setattr(validate, name, stand_in)
         monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
@@ -88,6 +93,13 @@ def test_a_measurement_that_breaks_off_never_costs_the_last_whole_one(
     assert (broken / "u1r1" / "run.json").is_file(), "one that left no run takes nobody's place"
     set_earlier_aside(runs, WHOLE, "*/run.json")
     assert (previous / "u1r0" / "run.json").read_text() == "attempt 0" and not runs.exists()
+
+
+def test_servers_that_cannot_start_move_nothing(tmp_path: Path, measure: Measure) -> None:
+    measure()
+    with pytest.raises(ConfigError, match="port in use"):
+        measure(fails="port")
+    assert (tmp_path / "runs" / WHOLE).is_file() and not (tmp_path / "runs.previous").exists()
 
 
 def test_runs_beside_others_work_are_measured_again_on_cpus_only(measure: Measure) -> None:

@@ -116,7 +116,7 @@ def test_exponents_are_drawn_once_a_replication(config: SimulationConfig, shared
 
 
 def test_what_a_neighbour_costs_is_one_of_the_refits(config: SimulationConfig, shared: Preparations) -> None:
-    known = fleet_of(refits=[[1.0, 0.1], [1.0, 0.5]])
+    known = fleet_of(refits=[[1.0, 0.1, 0.0], [1.0, 0.5, 0.0]])
 
     def cost(replication: int) -> float:
         alone, beside = (
