@@ -87,7 +87,7 @@ def log_profile(job: LiveConfig, folder: Path, figures: Mapping[str, Any]) -> No
             for key in ("held_out_mape", "held_out_median_mape", "mape", "step_noise", "recorder_overhead")
         ]
         found = figures["contention"][name]
-        numbers += [("contention/base", found["base"], 0)]
+        numbers += [(f"contention/{key}", found[key], 0) for key in ("base", "token_wait_s")]
         numbers += [(f"contention/slowdown/{other}", by, 0) for other, by in found["slowdowns"].items()]
         params = {
             "fleet": figures["fleet"], "expert": name, "model": expert.model, "precision": expert.precision,

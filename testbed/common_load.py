@@ -20,10 +20,9 @@ FloatArray = npt.NDArray[np.float64]
 ROUND_STD = 0.05  # relative, of rounds beyond the probe: in the common load of five profiles
 BASE_STD = 0.05  # of the steady factor, and of blocks on a steady host: guesses, nobody has measured them
 STEADY_STD = 0.01
-USUAL_SLOWDOWN = (
-    0.015  # where waiting for the core is counted apart: CPU time in the runs of two measurements
-)
-SLOWDOWN_STD = 0.015  # as far as their two experts were apart
+USUAL_SLOWDOWN = 0.015
+"""Where waiting is counted apart: of the CPU time of two experts in the runs of two measurements."""
+SLOWDOWN_STD = 0.015  # as far as those were apart
 MOST_TURNS = 200
 REFITS = 40
 DIGITS = 6
@@ -66,7 +65,12 @@ class CommonLoad:
     def modelled_s(self, fit: CommonLoadFit) -> FloatArray:
         """What the fit says of each step, seconds, shape (steps,)."""
         loaded: FloatArray = fit.base * self.told_s * (1.0 + self.shares @ fit.slowdowns)
-        return (loaded + fit.token_wait_s * self.traffic) * fit.factors[self.rounds]
+        return loaded * fit.factors[self.rounds] + fit.token_wait_s * self.traffic
+
+    @property
+    def waits_counted(self) -> bool:
+        """Whether any step knows what it waited for."""
+        return not np.isnan(self.waited_s).all()
 
     def token_wait_s(self) -> float:
         """Seconds that a step waits for each token of its traffic; 0 where no step tells.
@@ -100,11 +104,11 @@ class CommonLoad:
         columns = np.column_stack([np.ones(len(self.told_s)), self.shares])
         prior = np.sqrt(BLOCK_S) * STEADY_STD / BASE_STD  # as so many seconds of steps would hold it
         row = np.array([prior] + [0.0] * self.shares.shape[1])
-        token_wait_s = self.token_wait_s()
-        rest_s = self.measured_s - token_wait_s * self.traffic
-        added, *slowdowns = self._nonnegative(columns, rest_s, held=(row, prior * usual))
+        added, *slowdowns = self._nonnegative(
+            columns, self.measured_s, (row[None], np.array([prior * usual]))
+        )
         base = 1.0 + float(added)
-        return CommonLoadFit(base, np.array(slowdowns) / base, np.ones(self.round_count), token_wait_s)
+        return CommonLoadFit(base, np.array(slowdowns) / base, np.ones(self.round_count))
 
     def round_trust(self) -> FloatArray:
         """By round: how far its own mean counts against 1, from how many blocks of `BLOCK_S` it has.
@@ -116,34 +120,36 @@ class CommonLoad:
         trust: FloatArray = blocks / (blocks + (BLOCK_STD / ROUND_STD) ** 2)
         return trust
 
-    def fit_rounds(self, trust: FloatArray, usual: float = USUAL_SLOWDOWN) -> CommonLoadFit:
+    def fit_rounds(self, trust: FloatArray, usual: FloatArray | None = None) -> CommonLoadFit:
         """The slowdowns and a factor for each round, in turn until neither moves.
 
         A round's factor is its mean ratio, drawn towards 1 as its trust is small (see `round_trust`). usual:
-        slowdown by each neighbour before anything is seen; held to by `SLOWDOWN_STD` where what steps waited
-        for is counted apart. Elsewhere it is in the slowdowns, and nothing is known of them.
+        slowdown by each neighbour before anything is seen, `USUAL_SLOWDOWN` by default; held to by
+        `SLOWDOWN_STD` where waiting is counted apart. Elsewhere it is in the slowdowns, of which nothing is
+        known.
         """
-        factors, waits_s = np.ones(self.round_count), self.token_wait_s() * self.traffic
-        held = None
-        if not np.isnan(self.waited_s).all():
+        token_wait_s, factors, held = self.token_wait_s(), np.ones(self.round_count), None
+        rest_s = self.measured_s - token_wait_s * self.traffic
+        if self.waits_counted:
             prior = np.sqrt(BLOCK_S) * BLOCK_STD / SLOWDOWN_STD  # as so many seconds of steps would hold it
-            held = prior * np.eye(self.shares.shape[1]), prior * usual
+            count = self.shares.shape[1]
+            held = prior * np.eye(count), prior * (np.full(count, USUAL_SLOWDOWN) if usual is None else usual)
         members = [self.rounds == one for one in range(self.round_count)]
         for _ in range(MOST_TURNS):
-            slowdowns = self._nonnegative(self.shares, self.measured_s / factors[self.rounds] - waits_s, held)
-            loaded = self.told_s * (1.0 + self.shares @ slowdowns) + waits_s
-            took = [(self.measured_s[row].sum(), loaded[row].sum()) for row in members]
+            slowdowns = self._nonnegative(self.shares, rest_s / factors[self.rounds], held)
+            loaded = self.told_s * (1.0 + self.shares @ slowdowns)
+            took = [(rest_s[row].sum(), loaded[row].sum()) for row in members]
             before = factors
             factors = np.array([real / said if said else 1.0 for real, said in took]) ** trust
             if np.allclose(before, factors, rtol=0.0, atol=1e-6):
                 break
-        return CommonLoadFit(1.0, slowdowns, factors, self.token_wait_s())
+        return CommonLoadFit(1.0, slowdowns, factors, token_wait_s)
 
     def _nonnegative(
         self,
         columns: FloatArray,
         loaded_s: FloatArray,
-        held: tuple[FloatArray, float] | None = None,
+        held: tuple[FloatArray, FloatArray] | None = None,
     ) -> FloatArray:
         """Coefficients >= 0 of columns x time alone that, with the time alone, make the steps' `loaded_s`.
 
@@ -155,9 +161,7 @@ class CommonLoad:
         wanted = (loaded_s - self.told_s) * weight
         matrix = columns * (self.told_s * weight)[:, None]
         if held is not None:
-            more = np.atleast_2d(held[0])
-            matrix = np.vstack([matrix, more])
-            wanted = np.concatenate([wanted, np.full(len(more), held[1])])
+            matrix, wanted = np.vstack([matrix, held[0]]), np.concatenate([wanted, held[1]])
         found: FloatArray = nnls(matrix, wanted)[0]
         return found
 
@@ -181,8 +185,11 @@ class CommonLoad:
             else:
                 moods = np.exp(ROUND_STD * rng.standard_normal(len(fit.factors))) / fit.factors
                 moved_s = chosen.measured_s * moods[chosen.rounds]
-                usual = max(0.0, USUAL_SLOWDOWN + SLOWDOWN_STD * rng.standard_normal())
-                again = replace(chosen, measured_s=moved_s).fit_rounds(trust, usual)
+                held_to: FloatArray | None = None
+                if self.waits_counted:  # draws nothing where nothing is held
+                    noise = np.array(rng.standard_normal(self.shares.shape[1]))
+                    held_to = USUAL_SLOWDOWN + SLOWDOWN_STD * noise
+                again = replace(chosen, measured_s=moved_s).fit_rounds(trust, held_to)
             found.append(
                 [float(f"{value:.{DIGITS}g}") for value in (again.base, *again.slowdowns, again.token_wait_s)]
             )

@@ -216,21 +216,6 @@ def _common_load(
     return CommonLoad(told_s, measured_s, felt_shares, rounds, ends_s, count, traffic, waited_s), batches
 
 
-class _StepOfRows:
-    """Seconds of a plain decode step by its rows; remembered, since a run asks at every step."""
-
-    def __init__(self, alone: StepTime) -> None:
-        self._alone = alone
-        self._known_s: dict[int, float] = {}
-
-    def step_s(self, rows: int) -> float:
-        """Of so many rows, one at least, each with the context of `ONE_ROW`."""
-        if rows not in self._known_s:
-            context = ONE_ROW.decode_context_max
-            self._known_s[rows] = self._alone.step_s(Batch(rows, rows, rows * context, context, (), rows))
-        return self._known_s[rows]
-
-
 class ContendedStepTime:
     """A step time that grows while neighbours run; satisfies `ersim.types.StepTime`.
 
@@ -247,12 +232,10 @@ class ContendedStepTime:
         scatter: ScatterPlayer | None = None,
         own: str | None = None,
         sensitivity: Sensitivity | None = None,
-        theirs: Sequence[StepTime] = (),
     ) -> None:
         """neighbours: names as in the contention's slowdowns. own: the expert's name, where it is one.
 
-        sensitivity: as in the fit of the contention. theirs: the neighbours' step times alone, in order; not
-        needed where no step waits for traffic.
+        sensitivity: as in the fit of the contention.
         """
         self._felt = sensitivity or Sensitivity()
         self._alone = alone
@@ -262,14 +245,32 @@ class ContendedStepTime:
         self._itself = [int(name == own) for name in neighbours]
         self._speed = speed
         self._one_row_s = alone.step_s(ONE_ROW)
-        self._theirs = [_StepOfRows(one) for one in theirs]
         self._neighbours: Sequence[Sequence[ReplicaState]] = ()
+        self._theirs: Sequence[ContendedStepTime] = ()
+        self._tokens_per_s = 0.0
         self._clock: Callable[[], float] = float
 
-    def watch(self, neighbours: Sequence[Sequence[ReplicaState]], clock: Callable[[], float]) -> None:
-        """Tell it the replicas of each neighbour, in the order given at first, and the run's clock."""
+    def watch(
+        self,
+        neighbours: Sequence[Sequence[ReplicaState]],
+        clock: Callable[[], float],
+        theirs: Sequence[ContendedStepTime] = (),
+    ) -> None:
+        """Tell it the replicas of each neighbour, in the order given at first, and the run's clock.
+
+        theirs: the neighbours' step times in the same order. Raises ValueError where they are missing and
+        steps wait for tokens.
+        """
+        if self._known.token_wait_s and len(theirs) != len(neighbours):
+            raise ValueError(f"theirs must be {len(neighbours)} step times, got {len(theirs)}")
         self._neighbours = neighbours
+        self._theirs = theirs
         self._clock = clock
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that the step begun last hands out, over its seconds alone; of whichever replica."""
+        return self._tokens_per_s
 
     def _slowdown(self) -> float:
         """What those that run just now add to the time alone, as far as it is felt."""
@@ -285,12 +286,10 @@ class ContendedStepTime:
     def _traffic(self, alone_s: float, rows: int) -> float:
         """Tokens that share a core with a step of so many rows: its neighbours' meanwhile, and its own."""
         tokens, running, count = 0.0, 0, 0
-        for itself, theirs, replicas in zip(self._itself, self._theirs, self._neighbours, strict=False):
-            its_rows = [replica.running for replica in replicas if replica.running]
-            if itself and rows in its_rows:  # of its own replicas one is the one that steps
-                its_rows.remove(rows)
-            tokens += sum(each * alone_s / theirs.step_s(each) for each in its_rows)
-            running += len(its_rows)
+        for itself, theirs, replicas in zip(self._itself, self._theirs, self._neighbours, strict=True):
+            busy = max(0, sum(bool(replica.running) for replica in replicas) - itself)
+            tokens += busy * theirs.tokens_per_s * alone_s
+            running += busy
             count += len(replicas) - itself
         return tokens + rows * running / max(1, count)
 
@@ -298,6 +297,7 @@ class ContendedStepTime:
         """What neighbours and the host's present speed make of a step that takes `alone_s` seconds."""
         share = self._one_row_s / max(alone_s, TINY_S)
         seconds = self._known.base * alone_s * (1.0 + self._felt.exponent(share) * slowdown)
+        self._tokens_per_s = rows / max(alone_s, TINY_S)
         if self._known.token_wait_s:
             seconds += self._known.token_wait_s * self._traffic(alone_s, rows)
         return seconds if self._speed is None else seconds * self._speed.slowed(self._clock(), share)

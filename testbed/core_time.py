@@ -6,9 +6,9 @@ is without either, what it waited for is the other processes' (`core_wait`), and
 stolen. Elsewhere the machine's stolen share of the last second says so, roughly (`stolen_time`): where little
 runs it is much more than steps feel, since it counts processors that wait to be woken.
 
-While an expert is profiled or checked nothing of ours wants its core, and all of it comes off. In a run
-neighbours and front ends take cores too, which is what is predicted: there only stolen time counts, as a
-factor beside the host's slowness.
+While an expert is profiled or checked only its own front end wants its core, and all else comes off. In a run
+gateway, client and neighbours take cores too, which is what is predicted: there only stolen time counts, as
+a factor beside the host's slowness.
 
 With it and `speed_probe` held-out error on medians of like steps was 2.0 to 4.1 % in the first five runs of
 the table in docs/testbed.md, in those before 3.0 to 8.5 %.
@@ -26,6 +26,7 @@ from testbed.stolen_time import LARGEST
 
 FloatArray = npt.NDArray[np.float64]
 REACH_S = 0.5
+TINY_S = 1e-9
 LEAST_SHARE = 0.05  # less was a stall, and no share at all would make a step of no time
 MOST_OWN = 0.02  # of a step's time that its own front end takes from its core, where nobody counts waiting
 
@@ -34,30 +35,29 @@ def stretch(log: StepLog) -> FloatArray:
     """Factor of stolen time on each step, shape (steps,); ones where it was not recorded.
 
     As the steps within `REACH_S` of each felt it together, where their thread tells: it comes in pieces that
-    hit one step and not the next.
+    hit one step and not the next. Of a step that ran for `cpu` and would have waited for `w`, all of it on a
+    clock that stolen time stretches by f, the CPU time is `cpu` and the wait counted `f * w`: f is what is
+    not waiting over the CPU time. What a thread slept would count too (on a quiet host 0.1 % of the time at
+    16 users); a kernel that leaves stolen time in CPU time (no CONFIG_PARAVIRT_TIME_ACCOUNTING) shows none.
     """
     stolen = np.array([step.stolen_share or 0.0 for step in log.steps], dtype=float)
     factors: FloatArray = 1.0 / (1.0 - stolen)
-    periods_s, lost_s = log.periods_s(), _stolen_s(log)
-    known = ~np.isnan(lost_s)
+    cpu_s, had_s = _grown(log, "cpu"), log.periods_s() - _grown(log, "waited")
+    known = _tells(log) & ~np.isnan(cpu_s) & ~np.isnan(had_s)
     if known.any():
         ends_s = log.ends_s()[known]
-        took_s, lost = (np.concatenate(([0.0], np.cumsum(each[known]))) for each in (periods_s, lost_s))
+        cpu, had = (np.concatenate(([0.0], np.cumsum(each[known]))) for each in (cpu_s, had_s))
         first = np.searchsorted(ends_s, ends_s - REACH_S)
         last = np.searchsorted(ends_s, ends_s + REACH_S, side="right")
-        share = (lost[last] - lost[first]) / (took_s[last] - took_s[first])
+        least_s = np.maximum(had[last] - had[first], TINY_S)
+        share = 1.0 - (cpu[last] - cpu[first]) / least_s
         factors[known] = 1.0 / (1.0 - np.clip(share, 0.0, LARGEST))
     return factors
 
 
-def _stolen_s(log: StepLog) -> FloatArray:
-    """Seconds of each step in which its thread neither ran nor waited for another, shape (steps,).
-
-    NaN where that is not known. Below 0 where the clocks were not read at one moment.
-    """
-    if not log.meta.get("one_thread"):
-        return np.full(len(log.steps), np.nan)
-    return log.periods_s() - _grown(log, "cpu") - _grown(log, "waited")
+def _tells(log: StepLog) -> bool:
+    """Whether the engine's thread does all of a step's work, and steps follow one another."""
+    return bool(log.meta.get("one_thread")) and not log.meta["async_scheduling"]
 
 
 def undisturbed_s(log: StepLog, own: FrontEnd | None = None) -> FloatArray:
@@ -80,21 +80,22 @@ def undisturbed_s(log: StepLog, own: FrontEnd | None = None) -> FloatArray:
     return by_machine_s
 
 
-def front_end(log: StepLog) -> FrontEnd | None:
+def front_end_of(log: StepLog) -> FrontEnd | None:
     """What the front end of a server alone took of its core; None where its thread does not tell."""
-    if not log.meta.get("one_thread"):
+    if not _tells(log):
         return None
-    return FrontEnd.fit(_grown(log, "waited"), _grown(log, "cpu"), kinds_of(log))
+    return FrontEnd.fit(_grown(log, "waited") / stretch(log), _grown(log, "cpu"), kinds_of(log))
 
 
 def waited_for_others_s(log: StepLog, own: FrontEnd | None) -> FloatArray:
     """Seconds of each step that its thread waited for others than its own front end, shape (steps,).
 
-    NaN where that is not known; below 0 where the front end took less than it used to, alone.
+    As the clock counts them, stolen time included. NaN where that is not known; below 0 where the front end
+    took less than it used to, alone.
     """
-    if own is None or not log.meta.get("one_thread"):
+    if own is None or not _tells(log):
         return np.full(len(log.steps), np.nan)
-    return _grown(log, "waited") - own.shares(kinds_of(log)) * _grown(log, "cpu")
+    return _grown(log, "waited") - own.shares(kinds_of(log)) * _grown(log, "cpu") * stretch(log)
 
 
 def _grown(log: StepLog, count: str) -> FloatArray:

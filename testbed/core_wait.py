@@ -28,7 +28,10 @@ class CoreWait:
         try:
             if self._file is None:  # of the thread that asks: it may not be the one that made this object
                 self._file = os.open(self._path, os.O_RDONLY)
-            return int(os.pread(self._file, LONGEST, 0).split()[1]) / 1e9
+            ran, waited = map(int, os.pread(self._file, LONGEST, 0).split()[:2])
+            if not ran:  # zeros stand for counts that are switched off: a thread that asks has run
+                raise ValueError
+            return waited / 1e9
         except (OSError, ValueError, IndexError, AttributeError):  # no Linux, or one without these counts
             self._known = False
             return None

@@ -31,7 +31,7 @@ class FrontEnd:
     usual: of all steps; by_kind: of each kind (`speed_probe.kind_of`).
     """
 
-    usual: float = 0.0
+    usual: float
     by_kind: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -40,10 +40,10 @@ class FrontEnd:
 
         waited_s, cpu_s: NaN where they were not recorded. A kind of few steps is held near all.
         """
-        share = waited_s / cpu_s
-        known = np.isfinite(share)
+        known = ~np.isnan(waited_s) & (cpu_s > 0.0)
         if not known.any():
             return None
+        share = np.divide(waited_s, cpu_s, out=np.zeros(len(cpu_s)), where=known)
         usual, by_kind = float(np.median(share[known])), {}
         for kind in np.unique(kinds[known]).tolist():
             its = share[known & (kinds == kind)]

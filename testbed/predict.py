@@ -76,10 +76,7 @@ def _step_times(
         player = fitted.scatter.player(moments) if config.uncertainty.step_noise else None
         around = neighbours(name, replicas)
         felt = Sensitivity.of(model.calibration)
-        theirs = [alone[other] for other in around]
-        times.append(
-            ContendedStepTime(alone[name], contention, around, speed.get(name), player, name, felt, theirs)
-        )
+        times.append(ContendedStepTime(alone[name], contention, around, speed.get(name), player, name, felt))
     return times
 
 
@@ -110,9 +107,13 @@ def predict_once(
     )
     states = dict(zip(config.fleet.experts, system.replicas, strict=True))
     counts = {name: len(row) for name, row in states.items()}
-    for name, time in zip(states, times, strict=True):
-        if isinstance(time, ContendedStepTime):
-            time.watch([states[other] for other in neighbours(name, counts)], lambda: system.env.now)
+    contended = {
+        name: time for name, time in zip(states, times, strict=True) if isinstance(time, ContendedStepTime)
+    }
+    for name, time in contended.items():
+        around = neighbours(name, counts)
+        theirs = [contended[other] for other in around]
+        time.watch([states[other] for other in around], lambda: system.env.now, theirs)
     return system.run()
 
 

@@ -16,7 +16,7 @@ from ersim.errors import DataError, bad_value
 from ersim.steptime import Calibration, fit_live_calibration, load_model
 from ersim.steptime.evaluate import PreparedStepTime
 from ersim.types import Batch, StepTime
-from testbed.core_time import front_end, undisturbed_s
+from testbed.core_time import front_end_of, undisturbed_s
 from testbed.front_end import KEY as FRONT_END_KEY
 from testbed.front_end import FrontEnd
 from testbed.load import RequestRecord
@@ -139,7 +139,7 @@ def fit(profiled: Profiled) -> Calibration:
     to steps cleared of what they themselves make of it, which the first fit shows (see `sensitivity`).
     """
     usual = UsualProbe.fit(Probes.of(profiled.log))
-    own = front_end(profiled.log)
+    own = front_end_of(profiled.log)
     batches, measured_s, slow = profile_steps(profiled.log, profiled.run, usual, own)
     first = _calibration(profiled, batches, measured_s / slow, Sensitivity(), usual, own)
     if usual is None:

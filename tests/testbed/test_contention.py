@@ -408,18 +408,25 @@ def test_contended_steps_wait_for_the_tokens_of_both() -> None:
         def __init__(self, running: int) -> None:
             self.running = running
 
-    neighbour = Neighbour(0)
+    neighbour, now = Neighbour(0), [0.0]
     known = Contention(token_wait_s=1e-3)
-    contended = ContendedStepTime(Affine(), known, ["b"], SpeedTrace((2.0,)), theirs=[Steady()])
-    contended.watch([[neighbour]], lambda: 0.0)
+    contended = ContendedStepTime(Affine(), known, ["b"], SpeedTrace((2.0,)))
+    other = ContendedStepTime(Steady(), Contention(), ["a"])
+    with pytest.raises(ValueError, match="theirs must be 1 step times, got 0"):
+        contended.watch([[neighbour]], lambda: now[0])
+    contended.watch([[neighbour]], lambda: now[0], [other])
     batch = Batch(4, 4, 40, 10, (), 4)
     assert contended.step_s(batch) == pytest.approx(2 * 0.024), "gateway and client have the other core"
     neighbour.running = 3
+    other.step_s(Batch(3, 3, 30, 10, (), 3))
     traffic = 4 + 3 * 0.024 / 0.030
     assert contended.step_s(batch) == pytest.approx(2 * (0.024 + 1e-3 * traffic))
-    plain = ContendedStepTime(Steady(), known, ["b"], theirs=[Steady()])
-    plain.watch([[neighbour]], lambda: 0.0)
+    other.step_s(Batch(102, 2, 20, 10, ((100, 0),), 2))  # of a long prompt, which hands out nothing yet
+    traffic = 4 + 2 * 0.024 / 0.020
+    assert contended.step_s(batch) == pytest.approx(2 * (0.024 + 1e-3 * traffic))
+    plain = ContendedStepTime(Steady(), known, ["b"])
+    plain.watch([[neighbour]], lambda: now[0], [other])
     np.testing.assert_allclose(plain.decode_run_s(4, 40, 10, 2), [plain.step_s(batch)] * 2)
-    siblings = ContendedStepTime(Affine(), known, ["a"], own="a", theirs=[Affine()])
-    siblings.watch([[Neighbour(4), Neighbour(4), Neighbour(0)]], lambda: 0.0)
+    siblings = ContendedStepTime(Affine(), known, ["a"], own="a")
+    siblings.watch([[Neighbour(9), Neighbour(2), Neighbour(0)]], lambda: now[0], [siblings])
     assert siblings.step_s(batch) == pytest.approx(0.024 + 1e-3 * (4 + 4 / 2)), "one of two others runs"

@@ -8,7 +8,7 @@ import pytest
 from testbed.core_time import (
     LEAST_SHARE,
     MOST_OWN,
-    front_end,
+    front_end_of,
     stretch,
     undisturbed_s,
     waited_for_others_s,
@@ -97,7 +97,7 @@ def test_logs_without_either_are_as_they_are() -> None:
 def test_a_thread_that_ran_and_waited_knows_what_was_stolen_from_it() -> None:
     """Whatever the machine says: it counts processors that wait to be woken."""
     log = log_of([0.01] * 9, stolen=0.7, waiting=0.25)
-    np.testing.assert_allclose(stretch(log), 0.03 / (0.03 - 0.0075))
+    np.testing.assert_allclose(stretch(log), 0.0275 / 0.02)
     np.testing.assert_allclose(stretch(log_of([0.01] * 9, stolen=0.7, waiting=1.0)), 1.0, rtol=1e-9)
 
 
@@ -126,15 +126,30 @@ def test_what_its_front_end_takes_is_the_experts_and_the_rest_is_not() -> None:
     own = FrontEnd(0.05, {"1": 0.1})
     np.testing.assert_allclose(undisturbed_s(log, own), 1.1 * STEP_S)
     np.testing.assert_allclose(waited_for_others_s(log, own), 0.001, rtol=1e-9)
-    assert front_end(log) == FrontEnd(0.15, {"1": 0.15})
+    assert front_end_of(log) == FrontEnd(0.15, {"1": 0.15})
 
 
 def test_nobody_waits_for_others_where_it_is_not_counted() -> None:
     several = log_of([0.003] * 3, one_thread=False, waiting=1.0)
-    assert front_end(several) is None and front_end(log_of([0.003] * 3)) is None
+    assert front_end_of(several) is None and front_end_of(log_of([0.003] * 3)) is None
     for log, own in (
         (several, FrontEnd(0.1)),
         (log_of([0.003] * 3), FrontEnd(0.1)),
         (log_of([0.0], waiting=1.0), None),
     ):
         assert np.isnan(waited_for_others_s(log, own)).all()
+
+
+def test_work_and_waits_on_a_stolen_clock_are_told_as_they_were() -> None:
+    """A step of 20 ms of work and 4 ms of waiting, half for its front end, takes 1.5 times as long."""
+    log = log_of([1.5 * 0.024 - STEP_S] * 9, waiting=1.5 * 0.004 / (1.5 * 0.024 - STEP_S))
+    np.testing.assert_allclose(stretch(log), 1.5)
+    assert front_end_of(log) == FrontEnd(0.2, {"1": 0.2})
+    np.testing.assert_allclose(waited_for_others_s(log, FrontEnd(0.1)) / stretch(log), 0.002)
+
+
+def test_overlapping_steps_do_not_tell() -> None:
+    log = log_of([0.01] * 9, stolen=0.2, waiting=0.5)
+    overlapping = StepLog({**log.meta, "async_scheduling": True}, log.steps, {})
+    np.testing.assert_allclose(stretch(overlapping), 1.25)
+    assert front_end_of(overlapping) is None

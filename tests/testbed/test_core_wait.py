@@ -47,7 +47,7 @@ def test_a_thread_that_shares_its_core_waits_for_what_it_does_not_get() -> None:
     assert waited_s is not None and total_s is not None
     lacked_s = ended_s - began_s - had_s
     assert lacked_s > 0.1, "the other one had its turn"
-    assert 0.0 < total_s - waited_s <= lacked_s + 0.01
+    assert 0.5 * lacked_s < total_s - waited_s <= lacked_s + 0.01
 
 
 @counted
@@ -65,7 +65,7 @@ def test_it_is_the_thread_that_asked_first() -> None:
     assert wait() is None, "that thread has ended, and nobody else is meant"
 
 
-@pytest.mark.parametrize("text", [None, "", "12\n", "a b c\n"])
+@pytest.mark.parametrize("text", [None, "", "12\n", "a b c\n", "0 0 0\n"])
 def test_where_nobody_counts_nothing_is_known(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "schedstat"
     if text is not None:

@@ -12,8 +12,11 @@ from ersim.config import EngineSettings, ExpertConfig
 from ersim.errors import ConfigError
 from ersim.steptime import build_expert_model
 from ersim.steptime.calibration import save
-from testbed.profile_fit import Profiled, check_kv_cache, fit, profile_steps
+from testbed.core_time import stretch, waited_for_others_s
+from testbed.front_end import FrontEnd
+from testbed.profile_fit import Profiled, _alone, check_kv_cache, cleared_steps, fit, profile_steps
 from testbed.profiling import PhaseTimes, ProfileRun
+from testbed.standing import standing
 from testbed.step_log import LoggedStep, StepLog
 
 META = {
@@ -75,3 +78,35 @@ def test_a_profiles_steps_are_those_of_its_phases_without_what_was_stolen() -> N
     assert found == [(step.decode_seqs, step.decode_context_tokens) for step in log.steps[100:]]
     np.testing.assert_allclose(measured_s, 0.8 * log.periods_s()[100:])
     np.testing.assert_array_equal(slow, np.ones(1100))
+
+
+def test_what_the_front_end_takes_is_in_the_profile_and_in_what_is_laid_beside_it() -> None:
+    """A tenth of each step's CPU time to the front end; every third step waits as long again for others.
+
+    All of it on a clock on which a fifth of the time is stolen from the second half.
+    """
+    steps, clock, cpu_s, waited_s = [], 0.0, 0.0, 0.0
+    for number, plain in enumerate(decode_steps().steps):
+        worked = (plain.updated_s - plain.schedule_s) / 1.1
+        waits, stretched = 0.1 * worked * (1 + (number % 3 == 0)), 1.25 if number >= 600 else 1.0
+        end, began, queued = clock + stretched * (worked + waits), cpu_s, waited_s
+        cpu_s, waited_s = cpu_s + worked, waited_s + stretched * waits
+        moments = {"schedule_s": clock, "scheduled_s": clock + 1e-4, "update_s": end - 1e-4, "updated_s": end}
+        counts = {"cpu_s": cpu_s, "cpu_start_s": began, "waited_s": waited_s, "waited_start_s": queued}
+        steps.append(dataclasses.replace(plain, **moments, **counts))
+        clock = end
+    log = StepLog({**META, "one_thread": True}, steps, {})
+    run = ProfileRun([PhaseTimes("decode", -1.0, 1e6, 1, 0)])
+    expert = ExpertConfig("llama3.1-8b", "bf16", "cpu")
+    made = fit(Profiled(expert, "made", log, run, "cpu", 0))
+    own = FrontEnd.of(made)
+    assert own is not None and own.by_kind == pytest.approx({"1": 0.1, "4": 0.1, "more": 0.1}, abs=2e-3)
+    alone = _alone(made)
+    rows = np.array([step.decode_seqs for step in steps])
+    told_s = np.array([alone.step_s(step.batch()) for step in steps])
+    np.testing.assert_allclose(told_s, 0.02 + 0.001 * rows, rtol=0.02)
+    np.testing.assert_allclose(cleared_steps(log, run, made, alone)[1], 0.02 + 0.001 * rows, rtol=0.01)
+    assert standing(log, run, alone, own=own).factor == pytest.approx(1.0, abs=0.01)
+    assert standing(log, run, alone, own=None).factor < 0.95, "a start is not told without it"
+    waits_s = waited_for_others_s(log, own) / stretch(log)
+    assert waits_s.sum() == pytest.approx(0.1 * cpu_s / 3, rel=0.05)
