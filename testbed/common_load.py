@@ -140,7 +140,7 @@ class CommonLoad:
             loaded = self.told_s * (1.0 + self.shares @ slowdowns)
             took = [(rest_s[row].sum(), loaded[row].sum()) for row in members]
             before = factors
-            factors = np.array([real / said if said else 1.0 for real, said in took]) ** trust
+            factors = np.array([real / said if said and real > 0.0 else 1.0 for real, said in took]) ** trust
             if np.allclose(before, factors, rtol=0.0, atol=1e-6):
                 break
         return CommonLoadFit(1.0, slowdowns, factors, token_wait_s)
@@ -184,7 +184,8 @@ class CommonLoad:
                 again = chosen.fit_steady(BASE_STD * rng.standard_normal())
             else:
                 moods = np.exp(ROUND_STD * rng.standard_normal(len(fit.factors))) / fit.factors
-                moved_s = chosen.measured_s * moods[chosen.rounds]
+                waits_s = chosen.token_wait_s() * chosen.traffic  # which no mood is on
+                moved_s = (chosen.measured_s - waits_s) * moods[chosen.rounds] + waits_s
                 held_to: FloatArray | None = None
                 if self.waits_counted:  # draws nothing where nothing is held
                     noise = np.array(rng.standard_normal(self.shares.shape[1]))

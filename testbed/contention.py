@@ -12,15 +12,15 @@ tokens that the others hand out meanwhile, and its own as far as the others run 
 otherwise). The engine's thread knows what it waited for its core (`core_wait`), beyond what its own front end
 takes of it (`front_end`): token_wait_s is that over the traffic, and 0 where nobody counts it. In two runs
 it said what steps waited at 1 to 16 users within 1 % of the steps' time; a share of the time that the
-others ran, which it was before, said 1 to 2 % too much at 2 and 4 users and as much too little at 16.
+others ran, fitted to the same waits, said 1 to 2 % too much at 2 and 4 users and as much too little at 16.
 
 felt is the exponent with which the step feels a slow host (`sensitivity`): a neighbour is one more user of
 the same memory and caches, and one that matters less to a step that computes. Others are all replicas of
 other experts and the other ones of its own, each for itself: two that run all the time count twice. Steps
-of all of the expert's replicas make the fit. slowed is what the host's speed makes of the step, and what it
-did beyond the probe in that round of common load (`common_load`). base is 1 on a host that is probed, since
-the time alone was measured on it; elsewhere it holds what gateway and front ends add. (A cost per row and per
-request beside the slowdowns predicted worse: it fitted the round.)
+of all of the expert's replicas make the fit. slowed is what the host's speed makes of the step; what it did
+beyond the probe in a round of common load is a factor on the first term (`common_load`). base is 1 on a host
+that is probed, since the time alone was measured on it; elsewhere it holds what gateway and front ends add.
+(A cost per row and per request beside the slowdowns predicted worse: it fitted the round.)
 
 The doubt of the fit is that of its moments: the same fit to blocks of a few seconds, drawn with
 replacement. What single steps do beyond the fit is kept as it came (`step_scatter`).
@@ -181,7 +181,7 @@ def fit_contention(
     keep = ratio < OUTLIER_RATIO * np.median(ratio)
     kept = steps.only(keep)
     fit = kept.fit_steady() if steady else kept.fit_rounds(kept.round_trust())
-    rounds = kept.over_modelled(fit) * fit.factors
+    rounds = kept.over_modelled(replace(fit, factors=np.ones_like(fit.factors)))
     return Contention(
         dict(zip(names, fit.slowdowns.tolist(), strict=True)),
         kept.refits(fit, steady, np.random.default_rng(seed)),
@@ -297,9 +297,9 @@ class ContendedStepTime:
         """What neighbours and the host's present speed make of a step that takes `alone_s` seconds."""
         share = self._one_row_s / max(alone_s, TINY_S)
         seconds = self._known.base * alone_s * (1.0 + self._felt.exponent(share) * slowdown)
-        self._tokens_per_s = rows / max(alone_s, TINY_S)
         if self._known.token_wait_s:
             seconds += self._known.token_wait_s * self._traffic(alone_s, rows)
+        self._tokens_per_s = rows / max(alone_s, TINY_S)  # after its siblings' were read
         return seconds if self._speed is None else seconds * self._speed.slowed(self._clock(), share)
 
     def step_s(self, batch: Batch) -> float:

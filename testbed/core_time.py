@@ -2,15 +2,16 @@
 
 A core is taken by the hypervisor for other machines, or by other processes of this one. Where the engine's
 own thread does all the work (one CPU thread, no other rank) both are known of each step: its CPU time
-is without either, what it waited for is the other processes' (`core_wait`), and what is left of the step was
-stolen. Elsewhere the machine's stolen share of the last second says so, roughly (`stolen_time`): where little
-runs it is much more than steps feel, since it counts processors that wait to be woken.
+is without either, and what it waited for is the other processes' (`core_wait`), on a clock that stolen time
+stretches. What is not waiting, over the CPU time, is that stretch. Elsewhere the machine's stolen share of
+the last second says so, roughly (`stolen_time`): where little runs it is much more than steps feel, since it
+counts processors that wait to be woken.
 
 While an expert is profiled or checked only its own front end wants its core, and all else comes off. In a run
 gateway, client and neighbours take cores too, which is what is predicted: there only stolen time counts, as
 a factor beside the host's slowness.
 
-With it and `speed_probe` held-out error on medians of like steps was 2.0 to 4.1 % in the first five runs of
+With it and `speed_probe` held-out error on medians of like steps was 2.0 to 5.8 % in the first nine runs of
 the table in docs/testbed.md, in those before 3.0 to 8.5 %.
 """
 

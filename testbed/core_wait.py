@@ -1,8 +1,8 @@
 """Time that a thread was ready to run while another one of this machine had its core.
 
 Linux counts it for each thread (second figure of /proc/<process>/task/<thread>/schedstat). What the
-hypervisor gives to other machines while the thread has its core is not in it, nor in the thread's CPU time:
-of a thread that never sleeps, what is left of a stretch of time without both was stolen (`core_time`).
+hypervisor takes while the thread waits is in it; what it takes while the thread has its core is in neither
+this nor the thread's CPU time (`core_time`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class CoreWait:
         try:
             if self._file is None:  # of the thread that asks: it may not be the one that made this object
                 self._file = os.open(self._path, os.O_RDONLY)
-            ran, waited = map(int, os.pread(self._file, LONGEST, 0).split()[:2])
-            if not ran:  # zeros stand for counts that are switched off: a thread that asks has run
+            _, waited, turns = map(int, os.pread(self._file, LONGEST, 0).split())
+            if not turns:  # zeros stand for counts that are switched off: who asks has had its turn
                 raise ValueError
             return waited / 1e9
         except (OSError, ValueError, IndexError, AttributeError):  # no Linux, or one without these counts

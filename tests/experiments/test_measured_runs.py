@@ -13,16 +13,19 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MEASURED = ROOT / "experiments" / "measured" / "cpu" / "live_cpu"
+CPU = ROOT / "experiments" / "measured" / "cpu"
+MEASURED = CPU / "live_cpu"
+WAITS = CPU / "live_cpu_waits"  # of the recorder that counts what steps wait for their core
+RUNS = pytest.mark.parametrize("measured", [MEASURED, WAITS], ids=lambda folder: folder.name)
 LOADS = (1, 2, 4, 8, 16)
 MOST_BYTES = 2 * 2**20
 
 
-@pytest.fixture(scope="module")
-def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The measured loop on two CPU cores, moved elsewhere and predicted from what lies beside it."""
+@pytest.fixture(scope="module", params=[MEASURED, WAITS], ids=lambda folder: folder.name)
+def predicted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A measured loop on two CPU cores, moved elsewhere and predicted from what lies beside it."""
     folder = tmp_path_factory.mktemp("again") / "live_cpu"
-    shutil.copytree(MEASURED, folder)
+    shutil.copytree(request.param, folder)
     command = [
         sys.executable, "-m", "experiments.validate", "fleet=live_cpu", f"users={list(LOADS)}",
         f"folder={folder}", "measure=false", "tracking.enabled=false",
@@ -46,16 +49,18 @@ def test_most_figures_lie_in_their_intervals(predicted: Path) -> None:
     assert rows["inside"].mean() > 0.85
 
 
-def test_steps_held_out_were_predicted_within_five_percent() -> None:
+@RUNS
+def test_steps_held_out_were_predicted_within_five_percent(measured: Path) -> None:
     for name in ("large", "small"):
-        fit = json.loads((MEASURED / f"{name}.json").read_text())["fit"]
+        fit = json.loads((measured / f"{name}.json").read_text())["fit"]
         assert fit["held_out_median_mape"] < 0.05 and fit["held_out_steps"] > 300
 
 
-def test_measured_files_are_small_and_name_no_machine() -> None:
-    files = [path for path in MEASURED.rglob("*") if path.is_file()]
+@RUNS
+def test_measured_files_are_small_and_name_no_machine(measured: Path) -> None:
+    files = [path for path in measured.rglob("*") if path.is_file()]
     assert len(files) > 70 and all(path.stat().st_size < MOST_BYTES for path in files)
-    for path in MEASURED.rglob("run.json"):
+    for path in measured.rglob("run.json"):
         record = json.loads(path.read_text())
         experts = record["config"]["fleet"]["experts"].values()
         assert {expert["calibration"] for expert in experts} == {"../../large.json", "../../small.json"}

@@ -429,4 +429,6 @@ def test_contended_steps_wait_for_the_tokens_of_both() -> None:
     np.testing.assert_allclose(plain.decode_run_s(4, 40, 10, 2), [plain.step_s(batch)] * 2)
     siblings = ContendedStepTime(Affine(), known, ["a"], own="a")
     siblings.watch([[Neighbour(9), Neighbour(2), Neighbour(0)]], lambda: now[0], [siblings])
-    assert siblings.step_s(batch) == pytest.approx(0.024 + 1e-3 * (4 + 4 / 2)), "one of two others runs"
+    siblings.step_s(Batch(6, 6, 60, 10, (), 6))
+    traffic = 6 * 0.024 / 0.026 + 4 / 2
+    assert siblings.step_s(batch) == pytest.approx(0.024 + 1e-3 * traffic), "one of two others runs"
