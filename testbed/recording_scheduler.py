@@ -94,7 +94,7 @@ class SpeedProbe:
     the core's other thread, its caches and its memory. A quarter of the probe's 0.3 ms is arithmetic in
     the first cache (64 x 64 products), a third reads 512 KiB that the step before has driven out of the
     caches, a seventh reads them again, and the rest goes on through 8 MiB. How steps follow it is fitted
-    (see `testbed.sensitivity`); without reading again it followed them less (6 to 12 % more was left
+    (see `testbed.sensitivity`); without reading again it followed them less (7 to 14 % more was left
     unexplained of the medians of two seconds). At most every 20 ms.
     """
 

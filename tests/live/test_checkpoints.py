@@ -38,15 +38,26 @@ class Served:
     folder: Path
 
 
+def has_amx() -> bool:
+    """Whether this CPU has AMX, as torch tells."""
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 @pytest.fixture(scope="module")
 def fp8_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The server of an fp8 expert, started and not waited for: the others start meanwhile."""
+    """The server of an fp8 expert, started and not waited for: the others start meanwhile.
+
+    In blocks where the CPU has AMX, which vLLM has a kernel for.
+    """
     from testbed.expert_server import ExpertServer
     from testbed.fleet import server_specs
 
-    expert = ExpertConfig(
-        "llama-36m", "fp8", "cpu", live={"kv_space_gib": KV_SPACE_GIB, "ready_timeout_s": READY_TIMEOUT_S}
-    )
+    live = {"kv_space_gib": KV_SPACE_GIB, "ready_timeout_s": READY_TIMEOUT_S}
+    if has_amx():
+        live["quantization"] = "fp8-block"
+    expert = ExpertConfig("llama-36m", "fp8", "cpu", live=live)
     specs = server_specs(FleetConfig("fp8", experts={"a": expert}), tmp_path_factory.mktemp("fp8"))
     server = ExpertServer(specs["a"][0])
     server.start()
@@ -77,11 +88,11 @@ def served(tmp_path_factory: pytest.TempPathFactory, fp8_server: Any) -> Iterato
         }
         engine = EngineSettings(max_model_len=MAX_MODEL_LEN)
         experts[name] = ExpertConfig("llama-36m", precision, "cpu", tp, engine=engine, live=live)
-    before = set(_descendants(os.getpid()))
     with LiveFleet(FleetConfig("checkpoints", experts=experts), folder / "servers", print) as fleet:
         urls = {name: group[0] for name, group in fleet.urls().items()}
         yield Served(urls, answers, folder / "servers")
-        started = set(_descendants(os.getpid())) - before
+        started = set(_descendants(os.getpid())) - {fp8_server._process.pid}
+        started -= set(_descendants(fp8_server._process.pid))
     assert len(started) > 2 * len(EXPERTS), "front ends, engines and ranks"
     assert not [pid for pid in started if serves(pid)]
 
@@ -138,13 +149,26 @@ def test_ranks_share_one_engine_whose_steps_are_recorded(served: Served) -> None
 
 
 def test_a_precision_that_the_build_cannot_serve_is_one_message(fp8_server: Any) -> None:
-    import torch
-
     from testbed.expert_server import ExpertFailed
 
-    if torch.cpu._is_amx_tile_supported():
+    if has_amx():
         pytest.skip("on a CPU with AMX vLLM has some fp8 kernels")
     remedy = r"no fp8 kernel for this machine.*take fleet\.experts\.a\.precision=int8, int4 or bf16"
     with pytest.raises(ExpertFailed, match=remedy) as raised:
         fp8_server.wait_ready()
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_fp8_is_served_where_the_machine_has_a_kernel(fp8_server: Any) -> None:
+    from testbed.replay import replay
+    from testbed.step_log import read_step_log
+
+    if not has_amx():
+        pytest.skip("without AMX vLLM's CPU build has no fp8 kernel")
+    fp8_server.wait_ready()
+    body = {"model": "a", "prompt": list(range(3, 40)), "max_tokens": 8}
+    assert len(complete(fp8_server.spec.url, body)["token_ids"]) == 8
+    time.sleep(1.0)  # the recorder writes twice a second
+    log = read_step_log(fp8_server.spec.steps_path)
+    assert log.meta["quantization"] == "fp8" and len(log.steps) == 8
+    assert replay(log).share == 1.0
