@@ -67,17 +67,21 @@ def test_measured_files_are_small_and_name_no_machine(measured: Path) -> None:
 
 
 def test_no_request_waits_long_at_the_gateway() -> None:
-    """Gateway and client share the experts' cores; with servers bound to theirs they get one in time."""
+    """Gateway and client share the experts' cores; with servers bound to theirs they get one in time.
+
+    Not so in the run with waits: its very first request, before anything is judged, took 16.9 ms.
+    """
     waits_s = [
         pd.read_parquet(path)["gateway_s"].dropna() for path in MEASURED.glob("runs/u*/requests.parquet")
     ]
     assert sum(map(len, waits_s)) > 700 and max(wait.max() for wait in waits_s) < 0.015
 
 
-def test_no_token_is_held_up_while_both_cores_compute() -> None:
+@RUNS
+def test_no_token_is_held_up_while_both_cores_compute(measured: Path) -> None:
     """After no step, up to 8 users, with the other expert in one too, did clients see nothing for 50 ms."""
     late: list[bool] = []
-    for folder in sorted(MEASURED.glob("runs/u[1248]r?")):
+    for folder in sorted(measured.glob("runs/u[1248]r?")):
         tokens_s = np.sort(pd.read_parquet(folder / "gaps.parquet")["end_s"])
         both = [pd.read_parquet(folder / f"steps_{name}.parquet") for name in ("large", "small")]
         for own, other in (both, both[::-1]):
