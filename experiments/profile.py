@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ from experiments.live_schema import (
 )
 from experiments.live_tracking import failures_logged, log_profile
 from testbed.contention import Contention, fit_contention
-from testbed.core_time import stretch
+from testbed.core_time import stolen_share, stretch
 from testbed.expert_server import ServerSpec
 from testbed.fleet import LiveFleet, check_servers, replica_name
 from testbed.fleet_calibration import FILE, FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
-from testbed.foreign_work import MOST_CORES, CpuUse, undisturbed
+from testbed.foreign_work import MOST_CORES, CpuUse, all_undisturbed
 from testbed.front_end import FrontEnd
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
@@ -60,6 +61,8 @@ from testbed.speed_probe import Probes, UsualProbe, slowness
 from testbed.standing import Standing, check_all, together
 from testbed.step_log import StepLog, read_step_log
 from testbed.waits import extra_waits, gateway_medians, recorded_ways
+
+COMMON_LOAD_TRIES = 3  # half a minute of it makes what no single profile can: worth another two
 
 
 def profile(job: LiveConfig) -> dict[str, Any]:
@@ -262,23 +265,27 @@ def _common_load(
     settings: GatewaySettings,
     url: str,
 ) -> list[LiveRun]:
-    """Closed-loop users of the plan's loads through the gateway, all rounds in order.
+    """Closed-loop users of the plan's loads through the gateway, all rounds in the order of their time.
 
-    On CPUs each is driven once more where others disturbed it: the same requests in other words.
+    On CPUs those that others disturbed are driven again in the end: the same requests in other words.
     """
-    seconds, runs = job.plan.mixed_s / job.plan.rounds, []
+    seconds = job.plan.mixed_s / job.plan.rounds
     on_cpu = any(expert.gpu == "cpu" for expert in config.fleet.experts.values())
-    for number, users in itertools.product(range(job.plan.rounds), job.plan.mixed_users):
+
+    def drive(users: int, number: int, attempt: int) -> LiveRun:
         level = level_config(dataclasses.replace(config, seed=job.seed + users), users, seconds)
-
-        def drive(attempt: int, level: SimulationConfig = level, number: int = number) -> LiveRun:
-            tag = f"p{level.users}r{number}" + (f"t{attempt}" if attempt else "")
-            return run_level(level, shared, live, settings, url, seconds, tag, number)
-
+        tag = f"p{users}r{number}" + (f"t{attempt}" if attempt else "")
         say(f"common load: {users} users for {seconds:g} s")
-        what = f"common load of {users} users"
-        runs.append(undisturbed(drive, what, say)[0] if on_cpu else drive(0))
-    return runs
+        return run_level(level, shared, live, settings, url, seconds, tag, number)
+
+    rounds = [
+        (f"common load of {users} users", partial(drive, users, number))
+        for number, users in itertools.product(range(job.plan.rounds), job.plan.mixed_users)
+    ]
+    if not on_cpu:
+        return [once(0) for _, once in rounds]
+    driven = all_undisturbed(rounds, say, COMMON_LOAD_TRIES, lambda run: stolen_share(run.logs.values()))
+    return sorted((run for run, _ in driven), key=lambda run: run.load.start_s)
 
 
 def _contention(

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from experiments.live_schema import (
     to_live,
 )
 from experiments.live_tracking import failures_logged, log_validation
+from testbed.core_time import stolen_share
 from testbed.fleet import LiveFleet, check_servers, replica_name
 from testbed.fleet_calibration import (
     FleetCalibration,
@@ -162,11 +163,16 @@ def _measure(
                     level = level_config(base, users, job.seconds)
                     tag = f"u{users}r{repeat}"
                     run_once = partial(_run_once, job, level, shared, live, settings, gateway.url, repeat)
-                    measured = undisturbed(run_once, tag, say) if on_cpu else watched(partial(run_once, 0))
-                    run, cores = measured
+                    run, cores = _measured_calmly(run_once, tag) if on_cpu else watched(partial(run_once, 0))
                     check_answered(run)
                     write_run(run, level, folder / "runs" / tag, standings, digests, repeat, cores)
     write_json(folder / "runs" / WHOLE, {"users": list(job.users), "repeats": job.repeats})
+
+
+def _measured_calmly(run_once: Callable[[int], LiveRun], tag: str) -> tuple[LiveRun, float]:
+    """A load on CPUs, again where others disturbed it, and the cores that other processes used."""
+    run, taken = undisturbed(run_once, tag, say, lambda run: stolen_share(run.logs.values()))
+    return run, taken.cores
 
 
 def _run_once(

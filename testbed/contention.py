@@ -22,6 +22,9 @@ beyond the probe in a round of common load is a factor on the first term (`commo
 that is probed, since the time alone was measured on it; elsewhere it holds what gateway and front ends add.
 (A cost per row and per request beside the slowdowns predicted worse: it fitted the round.)
 
+Steps of moments at which the hypervisor took cores away are left out (`core_time.calmest`): what it stole can
+be taken off their mean, but not off their scatter, which is replayed.
+
 The doubt of the fit is that of its moments: the same fit to blocks of a few seconds, drawn with
 replacement. What single steps do beyond the fit is kept as it came (`step_scatter`).
 """
@@ -36,7 +39,7 @@ import numpy.typing as npt
 
 from ersim.types import Batch, ReplicaState, StepTime
 from testbed.common_load import CommonLoad
-from testbed.core_time import waited_for_others_s
+from testbed.core_time import calmest, stretch, waited_for_others_s
 from testbed.front_end import FrontEnd
 from testbed.host_speed import SpeedTrace
 from testbed.sensitivity import ONE_ROW, OUTLIER_RATIO, Sensitivity, one_row_share
@@ -115,7 +118,7 @@ def neighbours(name: str, replicas: Mapping[str, int]) -> list[str]:
 class Recorded:
     """Steps of one replica under common load; arrays over its steps, shares: one array per neighbour.
 
-    traffic, waited_s: see `common_load.CommonLoad`.
+    traffic, waited_s: see `common_load.CommonLoad`. stretches: factors of stolen time.
     """
 
     batches: Sequence[Batch]
@@ -124,6 +127,7 @@ class Recorded:
     shares: Sequence[FloatArray]
     traffic: FloatArray
     waited_s: FloatArray
+    stretches: FloatArray
 
     @classmethod
     def of(
@@ -146,7 +150,7 @@ class Recorded:
         traffic = np.sum(passed, axis=0) + rows * np.sum(shares, axis=0) / max(1, len(passed))
         slowed = 1.0 if slow is None else slow
         waited_s = waited_for_others_s(log, own) / slowed
-        return cls(batches, periods / slowed, ends, shares, traffic, waited_s)
+        return cls(batches, periods / slowed, ends, shares, traffic, waited_s, stretch(log))
 
 
 def fit_contention(
@@ -177,6 +181,8 @@ def fit_contention(
         for index, log in enumerate(logs[name])
     ]
     steps, batches = _common_load(rows, len(names), alone, sensitivity or Sensitivity(), rounds_s)
+    calm = np.flatnonzero(calmest(np.concatenate([row.stretches for row in rows])))
+    steps, batches = steps.only(calm), [batches[index] for index in calm]
     ratio = steps.measured_s / steps.told_s
     keep = ratio < OUTLIER_RATIO * np.median(ratio)
     kept = steps.only(keep)

@@ -17,6 +17,8 @@ the table in docs/testbed.md, in those before 3.0 to 8.5 %.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -29,6 +31,8 @@ FloatArray = npt.NDArray[np.float64]
 REACH_S = 0.5
 TINY_S = 1e-9
 LEAST_SHARE = 0.05  # less was a stall, and no share at all would make a step of no time
+CALM = 1.05
+"""Steps stretched no further are as others are: in four profiles of common load 92 to 100 % of their time."""
 MOST_OWN = 0.02  # of a step's time that its own front end takes from its core, where nobody counts waiting
 
 
@@ -54,6 +58,28 @@ def stretch(log: StepLog) -> FloatArray:
         share = 1.0 - (cpu[last] - cpu[first]) / least_s
         factors[known] = 1.0 / (1.0 - np.clip(share, 0.0, LARGEST))
     return factors
+
+
+def calmest(stretches: FloatArray) -> npt.NDArray[np.bool_]:
+    """Which of some moments were `CALM`; where fewer than half were, the calmer half. Shape as given.
+
+    stretches: factors of stolen time. What is replayed or drawn as it was recorded would otherwise hold what
+    the hypervisor did in the minutes of a profile.
+    """
+    if not len(stretches):
+        return np.zeros(0, dtype=bool)
+    calm: npt.NDArray[np.bool_] = stretches <= max(CALM, float(np.median(stretches)))
+    return calm
+
+
+def stolen_share(logs: Iterable[StepLog]) -> float:
+    """Share of all steps' time that the hypervisor gave to other machines; 0 without steps."""
+    took_s = had_s = 0.0
+    for log in logs:
+        periods_s = log.periods_s()
+        took_s += float(periods_s.sum())
+        had_s += float((periods_s / stretch(log)).sum())
+    return 1.0 - had_s / took_s if took_s > 0.0 else 0.0
 
 
 def _tells(log: StepLog) -> bool:

@@ -6,7 +6,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -43,9 +43,13 @@ def model_folder(expert: ExpertConfig, live: LiveSettings, name: str, folder: Pa
 def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]]:
     """One spec per replica, by expert. Raises ConfigError for a `live` mapping that cannot work."""
     specs: dict[str, list[ServerSpec]] = {}
+    lives = {
+        name: read_live(one.live, one.precision, f"fleet.experts.{name}", one.gpu, one.replicas)
+        for name, one in fleet.experts.items()
+    }
+    ports = _ports(fleet, lives)
     for name, expert in fleet.experts.items():
-        key = f"fleet.experts.{name}"
-        live = read_live(expert.live, expert.precision, key, expert.gpu, expert.replicas)
+        key, live = f"fleet.experts.{name}", lives[name]
         if live.weightless:
             check_tensor_parallel(load_model(expert.model), expert.tp, key)
         model = model_folder(expert, live, name, folder)
@@ -54,7 +58,7 @@ def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]
                 name=replica_name(name, replica, expert.replicas),
                 expert=name,
                 model=model,
-                port=live.port + replica if live.port else free_port(),
+                port=ports[name][replica],
                 tp=expert.tp,
                 engine=expert.engine,
                 live=live,
@@ -66,11 +70,27 @@ def server_specs(fleet: FleetConfig, folder: Path) -> dict[str, list[ServerSpec]
         ]
     check_cores([spec for group in specs.values() for spec in group])
     check_gpus([spec for group in specs.values() for spec in group])
-    ports = [spec.port for group in specs.values() for spec in group]
-    for port in ports:
-        if ports.count(port) > 1:
-            raise bad_value("fleet.experts.*.live.port", "different for every replica", port)
     return specs
+
+
+def _ports(fleet: FleetConfig, lives: Mapping[str, LiveSettings]) -> dict[str, list[int]]:
+    """One for each replica, by expert: those that were given, and free ones apart from them."""
+    given = {
+        name: [lives[name].port + replica for replica in range(one.replicas)]
+        for name, one in fleet.experts.items()
+        if lives[name].port
+    }
+    taken = [port for ports in given.values() for port in ports]
+    for port in taken:
+        if taken.count(port) > 1:
+            raise bad_value("fleet.experts.*.live.port", "different for every replica", port)
+    ports = {}
+    for name, expert in fleet.experts.items():
+        ports[name] = given.get(name, [])
+        while len(ports[name]) < expert.replicas:
+            taken.append(free_port(taken))
+            ports[name].append(taken[-1])
+    return ports
 
 
 def check_cores(specs: Sequence[ServerSpec]) -> None:

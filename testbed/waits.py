@@ -5,6 +5,9 @@ comes with the project the median way takes 10 ms, and one in a hundred nearly t
 simulator's gateway gets the medians; what a recorded request took beyond them, one that was sent among as
 many others, is drawn for each simulated one and added to what its client sees. It moves no arrival at an
 engine: that would matter only to steps that are about to start.
+
+Requests of moments at which the hypervisor took cores away are left out (`core_time.calmest`): whoever wakes
+up then waits for a core of the machine's first. In one profile requests took 10 ms into the engine, not 4.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from testbed.core_time import calmest, stretch
 from testbed.load import LoadResult
 from testbed.step_log import StepLog, request_tag
 
@@ -54,7 +58,7 @@ def recorded_ways(
     access: Mapping[str, Mapping[str, Any]],
     logs: Mapping[str, Sequence[StepLog]],
 ) -> Ways:
-    """The ways of all requests that ended in several runs, where gateway and recorder saw them.
+    """The ways of requests that ended in several runs, where gateway and recorder saw them; the calmest.
 
     access: the gateway's log by tag. logs: of every expert's replicas. The way into an engine shows only
     while no step runs: a running one lets nobody in.
@@ -67,7 +71,8 @@ def recorded_ways(
         server: (log.ends_s(), np.array([step.schedule_s for step in log.steps]))
         for server, log in servers.items()
     }
-    rows, counts = [], []
+    steps = [(log.ends_s(), stretch(log)) for log in servers.values()]
+    rows, counts, stretches = [], [], []
     for load in loads:
         for record, under_way in zip(load.records, _under_way(load), strict=True):
             gate = access.get(record.tag)
@@ -81,7 +86,19 @@ def recorded_ways(
             engine_s = _engine_ways_s(gate, added_s.get(record.tag), *engine)
             rows.append((to_s, gate["routing_s"], base_s, *engine_s, back_s))
             counts.append(under_way)
-    return Ways(np.array(rows, dtype=np.float64).reshape(-1, len(WAYS)), np.array(counts, dtype=np.int64))
+            stretches.append(_most_stretched(steps, record.send_s, record.first_s))
+    seconds = np.array(rows, dtype=np.float64).reshape(-1, len(WAYS))
+    calm = calmest(np.array(stretches, dtype=np.float64))
+    return Ways(seconds[calm], np.array(counts, dtype=np.int64)[calm])
+
+
+def _most_stretched(steps: Sequence[tuple[FloatArray, FloatArray]], from_s: float, until_s: float) -> float:
+    """Largest factor of stolen time on steps that ended in between. steps: ends and factors, by server."""
+    largest = 1.0
+    for ends_s, factors in steps:
+        first, last = np.searchsorted(ends_s, (from_s, until_s))
+        largest = max(largest, float(factors[first:last].max(initial=1.0)))
+    return largest
 
 
 def _under_way(load: LoadResult) -> list[int]:

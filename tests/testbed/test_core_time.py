@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from testbed.core_time import (
+    CALM,
     LEAST_SHARE,
     MOST_OWN,
+    calmest,
     front_end_of,
+    stolen_share,
     stretch,
     undisturbed_s,
     waited_for_others_s,
@@ -153,3 +156,19 @@ def test_overlapping_steps_do_not_tell() -> None:
     overlapping = StepLog({**log.meta, "async_scheduling": True}, log.steps, {})
     np.testing.assert_allclose(stretch(overlapping), 1.25)
     assert front_end_of(overlapping) is None
+
+
+def test_the_steps_time_that_was_stolen_counts_over_all_servers() -> None:
+    """A quarter of one's, nothing of the other's, whose steps took three times as long in all."""
+    robbed, spared = log_of([STEP_S / 3] * 90, waiting=0.0), log_of([0.0] * 360, waiting=0.0)
+    assert stolen_share([robbed]) == pytest.approx(0.25)
+    assert stolen_share([robbed, spared]) == pytest.approx(0.25 * 120 / (120 + 360))
+    assert stolen_share([]) == 0.0 and stolen_share([log_of([])]) == 0.0
+
+
+def test_calm_moments_are_those_of_little_stolen_time_or_the_calmer_half() -> None:
+    np.testing.assert_array_equal(
+        calmest(np.array([1.0, 1.3, CALM, 1.06, 1.0])), [True, False, True, False, True]
+    )
+    np.testing.assert_array_equal(calmest(np.array([2.0, 1.3, 1.1, 1.4])), [False, True, True, False])
+    assert calmest(np.zeros(0)).shape == (0,)

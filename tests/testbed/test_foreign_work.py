@@ -8,11 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from testbed import foreign_work
-from testbed.foreign_work import MOST_CORES, CpuUse, undisturbed, watched
+from testbed.foreign_work import (
+    MOST_CORES,
+    MOST_STOLEN,
+    CpuUse,
+    Disturbance,
+    all_undisturbed,
+    undisturbed,
+    watched,
+)
 
 BURN = "import time\nend = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
 
@@ -94,7 +103,7 @@ def test_a_disturbed_measurement_is_made_again_at_most_so_often(monkeypatch: pyt
         monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
         said: list[str] = []
         result, used = undisturbed(lambda attempt: attempt, "u1r0", said.append)
-        return result, used, said
+        return result, used.cores, said
 
     assert outcome(MOST_CORES / 2) == (0, pytest.approx(MOST_CORES / 2), [])
     attempt, used, said = outcome(0.5, 0.0)
@@ -106,6 +115,34 @@ def test_a_disturbed_measurement_is_made_again_at_most_so_often(monkeypatch: pyt
     attempt, used, said = outcome(0.3, 0.5)
     assert (attempt, used) == (0, pytest.approx(0.3)), "the less disturbed one, whatever it measured"
     assert said[-1].startswith("u1r0: other work on our cores used 0.50 of them; kept the attempt with 0.30")
+
+
+def test_what_goes_by_is_waited_for_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: use(0.0, (0.0,))))
+    stolen = {("a", 0): 0.2, ("b", 0): 0.0, ("c", 0): 0.3, ("a", 1): 0.02, ("c", 1): 0.1, ("c", 2): 0.2}
+    made: list[tuple[str, int]] = []
+
+    def measure(name: str, attempt: int) -> tuple[str, int]:
+        made.append((name, attempt))
+        return name, attempt
+
+    measures = [(name, partial(measure, name)) for name in "abc"]
+    said: list[str] = []
+    found = all_undisturbed(measures, said.append, 3, stolen.__getitem__)
+    assert made == list(stolen), "in this order, and what was calm once is not made again"
+    assert [result for result, _ in found] == [("a", 1), ("b", 0), ("c", 1)]
+    assert [taken.stolen for _, taken in found] == [0.02, 0.0, 0.1]
+    assert said[0] == "a: the hypervisor took 20 % of the steps' time; measured again"
+    assert said[-1].startswith(
+        "c: the hypervisor took 20 % of the steps' time; kept the attempt with 10 % stolen"
+    )
+
+
+def test_work_and_stolen_time_count_by_what_is_too_much_of_each() -> None:
+    assert Disturbance(MOST_CORES / 2, MOST_STOLEN / 4).amount == 0.5
+    assert Disturbance(MOST_CORES / 2, MOST_STOLEN).amount == 1.0
+    assert Disturbance(2 * MOST_CORES, MOST_STOLEN).words == "other work on our cores used 0.20 of them"
+    assert Disturbance(2 * MOST_CORES, 3 * MOST_STOLEN).figure == "9 % stolen"
 
 
 def test_what_is_measured_once_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from testbed.foreign_work import CpuUse
 from testbed.plan import ProfilePlan
 
 Measure = Callable[..., list[str]]
+STOLEN = (0.2, 0.2, 0.1, 0.0, 0.1, 0.0, 0.2, 0.02, 0.3)  # of four rounds, of three once more, of two again
 
 
 @pytest.fixture
@@ -36,21 +37,27 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     def nothing(*_: Any, **__: Any) -> Iterator[Any]:
         yield types.SimpleNamespace(gpus=None, all_servers=[], url="")
 
-    def measured(gpu: str = "cpu", fails: str = "", foreign: tuple[float, ...] = (0.0,) * 4) -> list[str]:
+    def measured(
+        gpu: str = "cpu",
+        fails: str = "",
+        foreign: tuple[float, ...] = (0.0,) * 4,
+        stolen: tuple[float, ...] = (),
+    ) -> list[str]:
         said: list[str] = []
         readings = iter([
             CpuUse(at_s, (by * at_s,), 0.0, frozenset({0})) for by in foreign for at_s in (0.0, 10.0)
         ])  # fmt: skip
+        shares = iter(stolen)
 
-        def run_once(job: Any, level: Any, *rest: Any) -> str:
+        def run_once(job: Any, level: Any, *rest: Any) -> Any:
             repeat, attempt = rest[-2:]
             if f"u{level.users}r{repeat}" == fails:
                 raise ConfigError("it died")
-            return f"attempt {attempt}"
+            return types.SimpleNamespace(text=f"attempt {attempt}", logs={})
 
-        def write_run(run: str, level: Any, folder: Path, *_: Any) -> None:
+        def write_run(run: Any, level: Any, folder: Path, *_: Any) -> None:
             folder.mkdir(parents=True)
-            (folder / "run.json").write_text(run)
+            (folder / "run.json").write_text(run.text)
 
         def check_servers(fleet: FleetConfig) -> None:
             if fails == "port":
@@ -60,7 +67,7 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
             "LiveFleet": nothing, "GatewayProcess": nothing, "gateway_settings": lambda *_: None,
             "calibration_digests": lambda *_: {}, "check_all": lambda *_: {}, "_run_once": run_once,
             "check_answered": lambda _: None, "write_run": write_run, "say": said.append,
-            "check_servers": check_servers,
+            "check_servers": check_servers, "stolen_share": lambda logs: next(shares, 0.0),
         }.items():  # fmt: skip
             monkeypatch.setattr(validate, name, stand_in)
         monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
@@ -111,35 +118,56 @@ def test_runs_beside_others_work_are_measured_again_on_cpus_only(measure: Measur
     )
 
 
+def test_runs_that_the_hypervisor_took_cores_from_are_measured_again(
+    tmp_path: Path, measure: Measure
+) -> None:
+    said = measure(foreign=(0.0,) * 6, stolen=(0.12, 0.01, 0.0, 0.05, 0.07))
+    assert "u1r0: the hypervisor took 12 % of the steps' time; measured again" in said
+    assert (
+        "u1r1: the hypervisor took 7 % of the steps' time; kept the attempt with 5 % stolen, but better"
+        in (" ".join(said))
+    )
+    runs = [(tmp_path / "runs" / tag / "run.json").read_text() for tag in ("u1r0", "u2r0", "u1r1", "u2r1")]
+    assert runs == ["attempt 1", "attempt 0", "attempt 0", "attempt 0"]
+
+
 @pytest.mark.parametrize(
-    ("gpu", "foreign", "tags"),
+    ("gpu", "foreign", "stolen", "tags"),
     [
-        ("cpu", (0.5, 0.0, 0.0, 0.3, 0.4, 0.0), ["p3r0t1", "p12r0", "p3r1", "p12r1"]),
-        ("h100-80gb", (), ["p3r0", "p12r0", "p3r1", "p12r1"]),
+        ("cpu", (0.5, 0.0, 0.3, 0.0, 0.0, 0.4, 0.35), (), ["p12r0", "p12r1", "p3r0t1", "p3r1"]),
+        ("cpu", (0.0,) * 9, STOLEN, ["p12r0t1", "p12r1", "p3r0t2", "p3r1"]),
+        ("h100-80gb", (), (), ["p12r0", "p12r1", "p3r0", "p3r1"]),
     ],
 )
-def test_a_profiles_common_load_beside_others_work_is_driven_again_in_other_words(
-    monkeypatch: pytest.MonkeyPatch, gpu: str, foreign: tuple[float, ...], tags: list[str]
+def test_a_profiles_common_load_that_others_disturbed_is_driven_again_in_other_words(
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: str,
+    foreign: tuple[float, ...],
+    stolen: tuple[float, ...],
+    tags: list[str],
 ) -> None:
-    """Of two disturbed attempts at the third load the first was disturbed less."""
+    """After all others; of three disturbed attempts at the third load the first was disturbed least."""
     readings = iter([
         CpuUse(at_s, (by * at_s,), 0.0, frozenset({0})) for by in foreign for at_s in (0.0, 10.0)
     ])  # fmt: skip
     driven: list[tuple[str, int, float, int]] = []
+    shares = iter(stolen)
 
-    def run_level(level: SimulationConfig, *rest: Any) -> str:
+    def run_level(level: SimulationConfig, *rest: Any) -> Any:
         *_, seconds, tag, repeat = rest
         driven.append((tag, level.seed, seconds, repeat))
-        return str(tag)
+        return types.SimpleNamespace(tag=tag, logs={}, load=types.SimpleNamespace(start_s=10.0 * len(driven)))
 
     monkeypatch.setattr(profile, "run_level", run_level)
     monkeypatch.setattr(profile, "say", lambda _: None)
+    monkeypatch.setattr(profile, "stolen_share", lambda logs: next(shares, 0.0))
     monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
     fleet = FleetConfig("f", experts={"a": ExpertConfig(gpu=gpu)})
     job = LiveConfig(fleet=fleet, seed=5, plan=ProfilePlan(mixed_users=[3, 12], mixed_s=20.0, rounds=2))
     nobody: Any = None
     found = profile._common_load(job, simulation(job, fleet, 1), Preparations(), nobody, nobody, "")
-    assert [str(run) for run in found] == tags
+    assert sorted(run.tag for run in found) == tags
+    assert [run.load.start_s for run in found] == sorted(run.load.start_s for run in found)
     assert {(seed, seconds) for _, seed, seconds, _ in driven} == {(5 + 3, 10.0), (5 + 12, 10.0)}
     assert [repeat for tag, *_, repeat in driven if "t" not in tag] == [0, 0, 1, 1]
-    assert next(readings, None) is None
+    assert next(readings, None) is None and next(shares, None) is None

@@ -140,6 +140,31 @@ def test_ways_are_read_from_the_replica_that_answered() -> None:
     assert ways.under_way.tolist() == [4] * 4, "with who was cut off; a load knows nothing of others"
 
 
+def test_requests_that_met_stolen_time_are_no_usual_ways() -> None:
+    """Ten of them, one a second; the machine lost 60 % of its time during the steps of two."""
+    steps, records, access = [], [], {}
+    for number in range(10):
+        robbed, tag = number in (3, 4), f"t-{number}"
+        late_s = 0.1 if robbed else 0.004
+        end = number + 0.5
+        steps.append(
+            LoggedStep(2 * number, end - 0.1, end - 0.1, end, end, 1, 0, 1, 1, 9, 9, (), (), (), 1, 1e-5,
+                       stolen_share=0.6 if robbed else 0.001)
+        )  # fmt: skip
+        asked = Request(number, 0, 0, 8, 2, 2)
+        records.append(
+            RequestRecord(asked, tag, number + 0.1, "a", 0, first_s=end + late_s, last_s=end + 0.2)
+        )
+        gate = {"received_s": number + 0.1, "routing_s": 0.001, "queued_s": 0.0, "submitted_s": number + 0.11}
+        access[tag] = {**gate, "first_in_s": end + late_s}
+    log = StepLog({"async_scheduling": False}, steps, {})
+    ways = recorded_ways([LoadResult(records, 0.0, 10.0, [])], access, {"a": [log]})
+    np.testing.assert_allclose(ways.seconds[:, WAYS.index("out")], [0.004] * 8)
+    assert len(ways.under_way) == 8
+    half = recorded_ways([LoadResult(records[2:5], 0.0, 10.0, [])], access, {"a": [log]})
+    assert len(half.seconds) == 3, "a profile that was disturbed all the time still says something"
+
+
 def test_requests_under_way_are_counted_as_each_is_sent() -> None:
     sent_s, ended_s = np.array([3.0, 0.0, 1.0, 2.0]), np.array([4.0, 2.0, np.inf, 2.5])
     assert requests_under_way(sent_s, ended_s).tolist() == [2, 1, 2, 2]
