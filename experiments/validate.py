@@ -28,6 +28,7 @@ from ersim.errors import ConfigError, DataError, bad_value
 from ersim.prepare import Preparations
 from ersim.results import COMPLETED, Window
 from ersim.results.compare import VALIDATED, compare
+from ersim.steptime import Calibration
 from ersim.util.files import WHOLE, set_earlier_aside, to_json, write_atomically, write_json
 from experiments.live_schema import (
     LiveConfig,
@@ -72,6 +73,7 @@ from testbed.pooled import IdArray, Run, answered, pooled_figures
 from testbed.power import PowerLog, PowerSampler
 from testbed.predict import predicted_summary, with_shares
 from testbed.replay import replay
+from testbed.speed_probe import UsualProbe, probed_work
 from testbed.standing import check_all
 from testbed.step_log import read_step_log
 
@@ -155,6 +157,9 @@ def _measure(
         settings = gateway_settings(base, shared, live, folder / "runs")
         started = [server.spec for server in live.all_servers]
         check_versions({spec.name: logged_version(spec.steps_path) for spec in started}, known)
+        for name, servers in live.servers.items():
+            calibration = shared.expert(base.fleet.experts[name], f"fleet.experts.{name}").calibration
+            check_probes([server.spec.steps_path for server in servers], calibration)
         with GatewayProcess(settings, folder / "runs") as gateway:
             for repeat in range(job.repeats):
                 standings = check_all(live, base.fleet, shared, job.workload, job.seed + repeat, say)
@@ -287,6 +292,18 @@ def check_versions(versions: Mapping[str, str], known: FleetCalibration) -> None
             raise ConfigError(
                 f"expert {name} runs vLLM {version}, its calibration was made with {known.vllm_version}: "
                 "measure or profile again, so that both run the same"
+            )
+
+
+def check_probes(step_logs: Sequence[Path], calibration: Calibration) -> None:
+    """Raise ConfigError where servers tell the host's speed by other work than a profile did."""
+    usual = UsualProbe.of(calibration)
+    for path in step_logs:
+        work = probed_work(read_step_log(path).meta)
+        if usual is not None and work is not None and work != usual.work:
+            raise ConfigError(
+                f"{calibration.name} was profiled beside a speed probe of another kind "
+                f"(work {usual.work}, now {work}): profile again"
             )
 
 

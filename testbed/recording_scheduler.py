@@ -39,6 +39,8 @@ from testbed.stolen_time import StolenShare
 
 FLUSH_PERIOD_S = 0.5
 PROBE_PERIOD_S = 0.02
+MOST_PROBED = 0.01
+PROBE = 2  # which work the speed probe does: times of another one say nothing beside it
 BEFORE: dict[str, Any] = {
     "watermark": 0.0,
     "scheduler_reserve_full_isl": False,
@@ -90,38 +92,47 @@ class StepLog:
 class SpeedProbe:
     """A fixed piece of work whose time tells how fast this core is at the moment.
 
-    On a shared host the same step takes half as long again for seconds at a time: other tenants use
-    the core's other thread, its caches and its memory. A quarter of the probe's 0.3 ms is arithmetic in
-    the first cache (64 x 64 products), a third reads 512 KiB that the step before has driven out of the
-    caches, a seventh reads them again, and the rest goes on through 8 MiB. How steps follow it is fitted
-    (see `testbed.sensitivity`); without reading again it followed them less (7 to 14 % more was left
-    unexplained of the medians of two seconds). At most every 20 ms.
+    On a shared host the same step takes half as long again for seconds at a time: other tenants use the
+    core's other thread, its matrix unit, its caches and its memory. So the probe does a little of all that a
+    step does: a product of 12 rows with weights that lie in 32 MiB, in bfloat16 as the experts' own, a small
+    product in the first cache, 512 KiB read twice, and the next piece of 8 MiB. At most every 20 ms, and
+    `MOST_PROBED` of the time. How steps follow it is fitted (see `testbed.sensitivity`).
     """
 
     def __init__(self) -> None:
         import numpy as np  # late: only where the probe is asked for
+        import torch
 
         random = np.random.default_rng(0)
         self._square = random.random((64, 64), dtype=np.float32)
         self._near = random.random(1 << 16)
         self._far = random.random(1 << 20)
+        self._product = torch.mm
+        self._rows = torch.ones((12, 512), dtype=torch.bfloat16)
+        self._weights = [torch.full((512, 512), 1 / 512, dtype=torch.bfloat16) for _ in range(64)]
         self._at = 0
         self._due_s = 0.0
+        self._product(self._rows, self._weights[0])  # the first one prepares what all others use
 
     def __call__(self) -> float | None:
-        """Seconds that the work takes just now; None when the last time was a moment ago."""
-        start_s = time.monotonic()
-        if start_s < self._due_s:
+        """CPU seconds that the work takes just now; None when the last time was a moment ago.
+
+        Not wall seconds: what others take of the core is told apart (`core_time`), and a loaded machine would
+        look like a slow host.
+        """
+        if time.monotonic() < self._due_s:
             return None
-        self._square @ self._square
+        began_s = time.thread_time()
+        self._product(self._rows, self._weights[self._at % 64])
         self._square @ self._square
         self._near.sum()
         self._near.sum()
-        self._far[self._at : self._at + (1 << 16)].sum()
-        end_s = time.monotonic()
-        self._at = (self._at + (1 << 16)) % (1 << 20)
-        self._due_s = end_s + PROBE_PERIOD_S
-        return end_s - start_s
+        far = self._at % 16 << 16
+        self._far[far : far + (1 << 16)].sum()
+        took_s = time.thread_time() - began_s
+        self._at += 1
+        self._due_s = time.monotonic() + max(PROBE_PERIOD_S, took_s / MOST_PROBED)
+        return took_s
 
 
 def _computes_in_one_thread(config: Any) -> bool:
@@ -147,6 +158,7 @@ def _meta(scheduler: Any) -> dict[str, Any]:
         "monotonic_s": time.monotonic(),
         "epoch_s": time.time(),
         "one_thread": _computes_in_one_thread(scheduler.vllm_config),
+        "speed_probe": PROBE if os.environ.get("ERSIM_SPEED_PROBE") == "1" else None,
         **later,
         "async_scheduling": bool(later["async_scheduling"]),
         "max_num_seqs": scheduler.max_num_running_reqs,

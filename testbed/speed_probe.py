@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ PREFILL, MORE = "prefill", "more"
 TURNS = 6
 USUAL_COUNT = 10  # as many probes say that a kind is like all others
 DIGITS = 4
+FIRST_WORK = 1  # of recorders that did not say which
 
 
 def kind_of(decode_seqs: int, prefill_tokens: int) -> str:
@@ -80,20 +82,24 @@ class Probes:
 
 @dataclass(frozen=True)
 class UsualProbe:
-    """What the probe takes at slowness 1: seconds, and the factor on it after each kind of step."""
+    """What the probe takes at slowness 1: seconds, and the factor on it after each kind of step.
+
+    work: which work it does (`recording_scheduler.PROBE`).
+    """
 
     seconds: float
     after: Mapping[str, float]
+    work: int = FIRST_WORK
 
     @classmethod
-    def fit(cls, probes: Probes) -> UsualProbe | None:
+    def fit(cls, probes: Probes, work: int = FIRST_WORK) -> UsualProbe | None:
         """That of a profile, whose median moment has slowness 1; None where nothing was probed."""
         probed = np.flatnonzero(~np.isnan(probes.took_s))
         if not len(probed):
             return None
         took_s, kinds = probes.took_s[probed], probes.kinds[probed]
         after = _factors(probes.ends_s[probed], np.log(took_s), kinds)
-        return cls(float(np.median(took_s / _each(after, kinds))), after)
+        return cls(float(np.median(took_s / _each(after, kinds))), after, work)
 
     @classmethod
     def of(cls, calibration: Calibration) -> UsualProbe | None:
@@ -106,7 +112,7 @@ class UsualProbe:
             return None
         try:
             found = cls(**stored)
-            sound = all(map(_is_time, (found.seconds, *found.after.values())))
+            sound = all(map(_is_time, (found.seconds, *found.after.values(), found.work)))
         except (TypeError, AttributeError):
             sound = False
         if not sound:
@@ -142,6 +148,12 @@ def _factors(moments_s: FloatArray, logs: FloatArray, kinds: npt.NDArray[np.str_
         medians = np.array([np.median((logs - level)[which == kind]) for kind in range(len(names))])
         effects = medians * counts / (counts + USUAL_COUNT)
     return dict(zip(names.tolist(), np.exp(effects).round(DIGITS).tolist(), strict=True))
+
+
+def probed_work(meta: Mapping[str, Any]) -> int | None:
+    """Which work a server's probe does, as the head of its step log says; None where nothing is probed."""
+    found: int | None = meta.get("speed_probe", FIRST_WORK)
+    return found
 
 
 def slowness(probes: Probes, usual: UsualProbe | None) -> FloatArray:

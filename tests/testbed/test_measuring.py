@@ -35,7 +35,7 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
 
     @contextlib.contextmanager
     def nothing(*_: Any, **__: Any) -> Iterator[Any]:
-        yield types.SimpleNamespace(gpus=None, all_servers=[], url="")
+        yield types.SimpleNamespace(gpus=None, all_servers=[], servers={}, url="")
 
     def measured(
         gpu: str = "cpu",

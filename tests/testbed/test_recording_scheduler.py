@@ -30,28 +30,69 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for name in ("vllm", "vllm.v1", "vllm.v1.core", "vllm.v1.core.sched"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    torch = types.ModuleType("torch")
+    stand_ins = {"mm": np.matmul, "ones": np.ones, "full": np.full, "bfloat16": np.float32}
+    for name, stand_in in stand_ins.items():
+        setattr(torch, name, stand_in)
+    monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.delitem(sys.modules, "testbed.recording_scheduler", raising=False)
     yield importlib.import_module("testbed.recording_scheduler")
     sys.modules.pop("testbed.recording_scheduler", None)
 
 
+def clock(wall_s: list[float], cpu_s: list[float]) -> types.SimpleNamespace:
+    """A `time` whose readings come in this order."""
+    wall, cpu = iter(wall_s), iter(cpu_s)
+    return types.SimpleNamespace(monotonic=lambda: next(wall), thread_time=lambda: next(cpu))
+
+
 def test_the_probe_tells_its_time_at_most_every_20_ms(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([10.0, 10.0002, 10.0201, 10.0203, 10.0205])
-    monkeypatch.setattr(recorder, "time", types.SimpleNamespace(monotonic=lambda: next(readings)))
+    """As its thread had the core, whoever took that meanwhile."""
+    times = clock([10.0, 10.009, 10.028, 10.0295, 10.0297], [5.0, 5.0002, 5.1, 5.1001])
+    monkeypatch.setattr(recorder, "time", times)
     probe = recorder.SpeedProbe()
     assert probe() == pytest.approx(0.0002)
-    assert probe() is None
-    assert probe() == pytest.approx(0.0002)
+    assert probe() is None, "19 ms after the last"
+    assert probe() == pytest.approx(0.0001)
+
+
+def test_the_probe_takes_no_more_of_the_time_than_it_may(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor that is slow at its work is asked less often: 2 ms, of 200."""
+    times = clock(
+        [10.0, 10.002, 10.201, 10.203, 10.204, 10.253, 10.255, 10.256], [1, 1.002, 2, 2.0005, 3, 3.0005]
+    )
+    monkeypatch.setattr(recorder, "time", times)
+    probe = recorder.SpeedProbe()
+    assert probe() == pytest.approx(0.002)
+    assert probe() is None, "199 ms later"
+    assert probe() == pytest.approx(0.0005)
+    assert probe() is None, "49 ms later, of 50"
+    assert probe() == pytest.approx(0.0005)
 
 
 def test_the_probe_goes_through_all_of_its_memory(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "PROBE_PERIOD_S", 0.0)
+    monkeypatch.setattr(recorder, "MOST_PROBED", 1.0)
     probe = recorder.SpeedProbe()
-    places = []
-    for _ in range(17):
-        places.append(probe._at)
+    near, far, used = probe._near, probe._far, []
+    read: list[int] = []
+
+    class Far:
+        def __getitem__(self, part: slice) -> Any:
+            read.append(part.start)
+            return far[part]
+
+    probe._far = Far()
+    probe._product = lambda rows, weights: used.append(id(weights))
+    for _ in range(65):
+        probe._due_s = 0.0
         assert probe() > 0.0
-    assert places[:2] == [0, 1 << 16] and len(np.unique(places)) == 16 and places[16] == 0
+    assert len(near) == 1 << 16 and read[:2] == [0, 1 << 16]
+    assert len(set(read)) == 16 and read[16] == 0
+    assert used[:64] == [id(one) for one in probe._weights] and used[64] == used[0]
+    assert probe._rows.shape == (12, 512) and probe._weights[0].shape == (512, 512)
 
 
 def test_settings_that_a_release_lacks_are_written_as_it_behaves(

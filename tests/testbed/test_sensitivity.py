@@ -37,9 +37,11 @@ def steps(plain: float, reads: float, wobble: float, count: int = 6000) -> tuple
 
 
 def test_exponents_are_found_where_the_host_moved() -> None:
-    found = fit_sensitivity(*steps(0.6, 1.1, wobble=0.3))
-    assert found.plain == pytest.approx(0.6, abs=0.06)
-    assert found.reads == pytest.approx(1.1, abs=0.1)
+    """As far from what is usual as one in ten may be."""
+    for plain, reads in ((0.85, 0.3), (1.15, -0.3)):
+        found = fit_sensitivity(*steps(plain, reads, wobble=0.3))
+        assert found.plain == pytest.approx(plain, abs=0.06)
+        assert found.reads == pytest.approx(reads, abs=0.1)
 
 
 def test_a_quiet_profile_keeps_to_what_others_said() -> None:
@@ -64,6 +66,10 @@ def test_stalls_do_not_move_the_fit() -> None:
 def test_no_step_is_faster_on_a_slower_host() -> None:
     found = fit_sensitivity(*steps(-0.8, 0.0, wobble=0.3))
     assert found.plain >= 0.0 and found.reads >= 0.0
+    falling = fit_sensitivity(*steps(1.0, -3.0, wobble=0.3))
+    assert falling.reads < 0.0 <= falling.plain + falling.reads and falling.is_sound()
+    drawn = [falling.drawn(np.random.default_rng(seed)) for seed in range(50)]
+    assert min(min(one.plain, one.plain + one.reads) for one in drawn) >= 0.0
     assert found.exponent(0.0) == found.exponents(np.array([0.0]))[0] == LEAST_EXPONENT
 
 
@@ -98,6 +104,7 @@ def test_a_calibration_tells_what_its_profile_found() -> None:
     assert Sensitivity.of(live) == Sensitivity(0.8, 0.4)
     for wrong in (
         {"plain": -0.1},
+        {"plain": 0.5, "reads": -0.6},
         {"reads": "much"},
         {"plain": float("nan")},
         {"plain": "0.9"},
@@ -111,11 +118,11 @@ def test_a_calibration_tells_what_its_profile_found() -> None:
 
 
 def profiled(plain: float, reads: float, probed: bool = True) -> tuple[StepLog, ProfileRun]:
-    """A server alone, decode steps of 20 ms and 1 ms a row, on a host that wobbles by a fifth for seconds."""
+    """A server alone, decode steps of 20 ms and 1 ms a row, on a host that wobbles for seconds."""
     rng, steps, clock = np.random.default_rng(4), [], 0.0
     for number in range(4000):
         if number % 80 == 0:
-            slow = float(np.exp(0.2 * rng.standard_normal()))
+            slow = float(np.exp(0.3 * rng.standard_normal()))
         rows = (1, 4, 16, 64)[number // 20 % 4]
         told = 0.02 + 0.001 * rows
         took = told * slow ** (plain + reads * min(1.0, 0.021 / told)) if probed else told
@@ -137,11 +144,11 @@ def profiled(plain: float, reads: float, probed: bool = True) -> tuple[StepLog, 
 
 
 def test_a_profile_is_fitted_to_what_steps_take_on_a_steady_host() -> None:
-    log, run = profiled(0.8, 0.6)
+    log, run = profiled(0.9, 0.2)
     expert = ExpertConfig(model="llama-36m", precision="bf16", gpu="cpu")
     found = fit(Profiled(expert, "tiny", log, run, "cpu", 0))
     felt = Sensitivity.of(found)
-    assert felt.plain == pytest.approx(0.8, abs=0.1) and felt.reads == pytest.approx(0.6, abs=0.12)
+    assert felt.plain == pytest.approx(0.9, abs=0.1) and felt.reads == pytest.approx(0.2, abs=0.12)
     assert found.fit["held_out_mape"] < 0.03
     alone = _alone(found)
     batches, cleared = cleared_steps(log, run, found, alone)

@@ -456,6 +456,33 @@ def test_one_config_gives_simulator_and_servers_the_same_fleet(tmp_path: Path) -
     assert ModelSpec.from_hf_config(written).params == load_model("llama-36m").params
 
 
+def test_free_ports_are_nobodys_even_before_anybody_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may hand out one port twice in a row; a port that was given may be a free one as well."""
+    offered = iter([9100, 9100, 9001, 9101])
+
+    class Probe:
+        def __enter__(self) -> Probe:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def bind(self, _: object) -> None: ...
+
+        def getsockname(self) -> tuple[str, int]:
+            return "127.0.0.1", next(offered)
+
+    monkeypatch.setattr("testbed.expert_server.socket.socket", Probe)
+    experts = {
+        "a": ExpertConfig(model="llama-36m", gpu="cpu", replicas=2),
+        "b": ExpertConfig(model="llama-36m", gpu="cpu", replicas=2, live={"port": 9000}),
+    }
+    specs = server_specs(FleetConfig("f", experts=experts), tmp_path)
+    assert [spec.port for spec in specs["a"]] == [9100, 9101]
+    assert [spec.port for spec in specs["b"]] == [9000, 9001]
+
+
 def test_servers_that_share_a_core_say_so(tmp_path: Path) -> None:
     def said(**cores: list[list[int]]) -> list[str]:
         experts = {

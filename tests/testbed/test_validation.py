@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -25,6 +26,7 @@ from experiments.validate import (
     _mean_abs,
     _predictions,
     _rows,
+    check_probes,
     check_versions,
     logged_version,
     table,
@@ -107,6 +109,26 @@ def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_lo
     check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.32.0"))
     with pytest.raises(ConfigError, match=r"a runs vLLM 0\.32\.0, its calibration was made with 0\.19\.0"):
         check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.19.0"))
+
+
+def test_a_profile_beside_another_probe_is_refused_before_any_load(tmp_path: Path) -> None:
+    log = tmp_path / "a.steps.jsonl"
+    shipped = load_calibration(CALIBRATION_DIR / "h100-80gb" / "llama3.1-8b_bf16_tp1_tables.json")
+    probed = {"seconds": 3e-4, "after": {}}
+
+    def check(made_with: dict[str, Any] | None, now: dict[str, Any]) -> None:
+        meta = dataclasses.asdict(EngineConfig()) | {"format": FORMATS[-1], "vllm_version": "0.32.0"} | now
+        log.write_text(json.dumps(["m", meta]) + "\n")
+        provenance = {**shipped.provenance, "speed_probe": made_with}
+        check_probes([log], dataclasses.replace(shipped, provenance=provenance))
+
+    check(probed, {})
+    check({**probed, "work": 2}, {"speed_probe": 2})
+    check(None, {"speed_probe": 2})
+    check(probed, {"speed_probe": None})
+    again = r"was profiled beside a speed probe of another kind \(work 1, now 2\): profile again"
+    with pytest.raises(ConfigError, match=again):
+        check(probed, {"speed_probe": 2})
 
 
 def test_a_stored_run_names_the_vllm_it_was_measured_with(tmp_path: Path) -> None:
