@@ -279,7 +279,7 @@ def _common_load(
         return run_level(level, shared, live, settings, url, seconds, tag, number)
 
     rounds = [
-        (f"common load of {users} users", partial(drive, users, number))
+        (f"common load of {users} users, round {number + 1}", partial(drive, users, number))
         for number, users in itertools.product(range(job.plan.rounds), job.plan.mixed_users)
     ]
     if not on_cpu:

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,14 @@ from testbed.measured_run import (
     read_speed,
     read_standings,
     read_versions,
+    stolen_from,
     write_power,
     write_run,
 )
 from testbed.pooled import IdArray, Run, answered, pooled_figures
 from testbed.power import PowerLog, PowerSampler
 from testbed.predict import predicted_summary, with_shares
+from testbed.probe_works import TODAY
 from testbed.replay import replay
 from testbed.speed_probe import UsualProbe, probed_work
 from testbed.standing import check_all
@@ -128,7 +130,7 @@ def validate(job: LiveConfig) -> dict[str, Any]:
     rows, summaries = _compare(job, base, shared, known, runs, power, folder)
     replays = _replays(folder)
     figures = _figures(job, folder, rows, replays, power, time.monotonic() - began_s)
-    for name in ("failed_requests", "foreign_cores"):
+    for name in ("failed_requests", "foreign_cores", "stolen_share"):
         figures[name] = {users: item[name] for users, item in summaries.items()}
     write_atomically(folder / "validation.csv", lambda path: rows.to_csv(path, index=False))
     write_json(folder / "validation.json", {**figures, "summaries": summaries})
@@ -150,6 +152,9 @@ def _measure(
     Before each round every server answers a few requests alone (see `testbed.standing`).
     """
     check_servers(base.fleet)  # before anything that an earlier measurement left is moved
+    calibrations = _calibrations(base.fleet, shared)
+    for name, calibration in calibrations.items():
+        check_probe(calibration, TODAY, f"expert {name}")
     set_earlier_aside(folder / "runs", WHOLE, "*/run.json")
     digests = calibration_digests(base.fleet, shared)
     on_cpu = any(expert.gpu == "cpu" for expert in base.fleet.experts.values())
@@ -158,8 +163,9 @@ def _measure(
         started = [server.spec for server in live.all_servers]
         check_versions({spec.name: logged_version(spec.steps_path) for spec in started}, known)
         for name, servers in live.servers.items():
-            calibration = shared.expert(base.fleet.experts[name], f"fleet.experts.{name}").calibration
-            check_probes([server.spec.steps_path for server in servers], calibration)
+            for server in servers:
+                work = probed_work(read_step_log(server.spec.steps_path).meta)
+                check_probe(calibrations[name], [work], f"expert {server.spec.name}")
         with GatewayProcess(settings, folder / "runs") as gateway:
             for repeat in range(job.repeats):
                 standings = check_all(live, base.fleet, shared, job.workload, job.seed + repeat, say)
@@ -172,6 +178,12 @@ def _measure(
                     check_answered(run)
                     write_run(run, level, folder / "runs" / tag, standings, digests, repeat, cores)
     write_json(folder / "runs" / WHOLE, {"users": list(job.users), "repeats": job.repeats})
+
+
+def _calibrations(fleet: FleetConfig, shared: Preparations) -> dict[str, Calibration]:
+    """By expert."""
+    experts = fleet.experts.items()
+    return {name: shared.expert(expert, f"fleet.experts.{name}").calibration for name, expert in experts}
 
 
 def _measured_calmly(run_once: Callable[[int], LiveRun], tag: str) -> tuple[LiveRun, float]:
@@ -220,15 +232,19 @@ def _run_folders(job: LiveConfig, folder: Path) -> list[Path]:
 
 def _check_stored(job: LiveConfig, base: SimulationConfig, shared: Preparations, folder: Path) -> None:
     """Raise before anything is simulated for runs that lack a file, are damaged, or measured otherwise."""
-    experts = base.fleet.experts.items()
-    servers = [replica_name(name, i, one.replicas) for name, one in experts for i in range(one.replicas)]
     for run in _run_folders(job, folder):
-        check_files(run, servers)
+        check_files(run, _servers(base.fleet))
     for users in job.users:
         level = level_config(base, users, job.seconds)
         for repeat in range(job.repeats):
             check_recorded(folder / "runs" / f"u{users}r{repeat}" / "run.json", level)
         _speeds(job, base, shared, folder, users)
+
+
+def _servers(fleet: FleetConfig) -> list[str]:
+    """Every replica of every expert, by name."""
+    experts = fleet.experts.items()
+    return [replica_name(name, index, one.replicas) for name, one in experts for index in range(one.replicas)]
 
 
 def _stored_runs(job: LiveConfig, folder: Path) -> dict[tuple[int, int], Run]:
@@ -295,16 +311,18 @@ def check_versions(versions: Mapping[str, str], known: FleetCalibration) -> None
             )
 
 
-def check_probes(step_logs: Sequence[Path], calibration: Calibration) -> None:
-    """Raise ConfigError where servers tell the host's speed by other work than a profile did."""
+def check_probe(calibration: Calibration, works: Collection[int | None], who: str) -> None:
+    """Raise ConfigError for a profile beside a speed probe that did none of these works (see `probe_works`).
+
+    None among them: nothing is probed, and the host's speed is taken as the profile's.
+    """
     usual = UsualProbe.of(calibration)
-    for path in step_logs:
-        work = probed_work(read_step_log(path).meta)
-        if usual is not None and work is not None and work != usual.work:
-            raise ConfigError(
-                f"{calibration.name} was profiled beside a speed probe of another kind "
-                f"(work {usual.work}, now {work}): profile again"
-            )
+    if usual is not None and None not in works and usual.work not in works:
+        now = " or ".join(map(str, works))
+        raise ConfigError(
+            f"{who}: its calibration {calibration.name} was made beside another speed probe "
+            f"(provenance.speed_probe.work {usual.work}, now {now}): profile again"
+        )
 
 
 def _compare(
@@ -325,19 +343,21 @@ def _compare(
         judged = [answered(run, window) for run in repeats]
         measured = pooled_figures(repeats, window, judged, base.objective)
         level = level_config(base, users, job.seconds)
-        spans = [read_span_s(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
+        folders = [folder / "runs" / f"u{users}r{repeat}" for repeat in range(job.repeats)]
+        spans = [read_span_s(run) for run in folders]
         measured["power"] = _power(power, spans, repeats)
         say(f"simulating {users} users")
         speeds = _speeds(job, base, shared, folder, users)
         told, plain = _predictions(job, level, shared, known, judged, speeds)
         speed = [{name: trace.median for name, trace in one.items()} for one in speeds]
-        records = [read_record(folder / "runs" / f"u{users}r{repeat}") for repeat in range(job.repeats)]
+        records = [read_record(run) for run in folders]
         rows += _rows(users, measured, told, plain, list(base.fleet.experts))
         summaries[str(users)] = {
             "measured": measured,
             "predicted": told,
             "host_slowness": speed,
             "foreign_cores": [round(record.foreign_cores, 3) for record in records],
+            "stolen_share": [round(stolen_from(run, _servers(base.fleet)), 3) for run in folders],
             "failed_requests": _failed(repeats),
         }
     return pd.DataFrame(rows), summaries

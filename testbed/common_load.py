@@ -17,11 +17,12 @@ from scipy.optimize import nnls
 from testbed.sensitivity import BLOCK_S, BLOCK_STD
 
 FloatArray = npt.NDArray[np.float64]
-ROUND_STD = 0.05  # relative, of rounds beyond the probe: in the common load of five profiles
+ROUND_STD = 0.05  # relative, of rounds beyond a former probe: in the common load of five profiles
 BASE_STD = 0.05  # of the steady factor, and of blocks on a steady host: guesses, nobody has measured them
 STEADY_STD = 0.01
 USUAL_SLOWDOWN = 0.015
-"""Where waiting is counted apart: of the CPU time of two experts in the runs of two measurements."""
+"""Where waiting is counted apart: of the CPU time of two experts in the runs of two measurements, made beside
+a former probe, with exponents of 1.4 for steps of one row."""
 SLOWDOWN_STD = 0.015  # as far as those were apart
 MOST_TURNS = 200
 REFITS = 40

@@ -15,7 +15,7 @@ it said what steps waited at 1 to 16 users within 1 % of the steps' time; a shar
 others ran, fitted to the same waits, said 1 to 2 % too much at 2 and 4 users and as much too little at 16.
 
 felt is the exponent with which the step feels a slow host (`sensitivity`): a neighbour is one more user of
-the same memory and caches, and one that matters less to a step that computes. Others are all replicas of
+the same memory and caches. Others are all replicas of
 other experts and the other ones of its own, each for itself: two that run all the time count twice. Steps
 of all of the expert's replicas make the fit. slowed is what the host's speed makes of the step; what it did
 beyond the probe in a round of common load is a factor on the first term (`common_load`). base is 1 on a host
@@ -39,7 +39,7 @@ import numpy.typing as npt
 
 from ersim.types import Batch, ReplicaState, StepTime
 from testbed.common_load import CommonLoad
-from testbed.core_time import calmest, stretch, waited_for_others_s
+from testbed.core_time import calmest, told_stretch, waited_for_others_s
 from testbed.front_end import FrontEnd
 from testbed.host_speed import SpeedTrace
 from testbed.sensitivity import ONE_ROW, OUTLIER_RATIO, Sensitivity, one_row_share
@@ -118,7 +118,8 @@ def neighbours(name: str, replicas: Mapping[str, int]) -> list[str]:
 class Recorded:
     """Steps of one replica under common load; arrays over its steps, shares: one array per neighbour.
 
-    traffic, waited_s: see `common_load.CommonLoad`. stretches: factors of stolen time.
+    traffic, waited_s: see `common_load.CommonLoad`. stretches: factors of stolen time, NaN
+    where nobody told.
     """
 
     batches: Sequence[Batch]
@@ -150,7 +151,7 @@ class Recorded:
         traffic = np.sum(passed, axis=0) + rows * np.sum(shares, axis=0) / max(1, len(passed))
         slowed = 1.0 if slow is None else slow
         waited_s = waited_for_others_s(log, own) / slowed
-        return cls(batches, periods / slowed, ends, shares, traffic, waited_s, stretch(log))
+        return cls(batches, periods / slowed, ends, shares, traffic, waited_s, told_stretch(log))
 
 
 def fit_contention(
@@ -181,7 +182,7 @@ def fit_contention(
         for index, log in enumerate(logs[name])
     ]
     steps, batches = _common_load(rows, len(names), alone, sensitivity or Sensitivity(), rounds_s)
-    calm = np.flatnonzero(calmest(np.concatenate([row.stretches for row in rows])))
+    calm = np.flatnonzero(calmest(np.concatenate([row.stretches for row in rows]), steps.rounds))
     steps, batches = steps.only(calm), [batches[index] for index in calm]
     ratio = steps.measured_s / steps.told_s
     keep = ratio < OUTLIER_RATIO * np.median(ratio)

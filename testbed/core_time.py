@@ -46,7 +46,17 @@ def stretch(log: StepLog) -> FloatArray:
     16 users); a kernel that leaves stolen time in CPU time (no CONFIG_PARAVIRT_TIME_ACCOUNTING) shows none.
     """
     stolen = np.array([step.stolen_share or 0.0 for step in log.steps], dtype=float)
-    factors: FloatArray = 1.0 / (1.0 - stolen)
+    told = told_stretch(log)
+    factors: FloatArray = np.where(np.isnan(told), 1.0 / (1.0 - stolen), told)
+    return factors
+
+
+def told_stretch(log: StepLog) -> FloatArray:
+    """The same where the step's own thread tells it; NaN elsewhere.
+
+    What the machine says is too rough a guess to leave a measurement out for.
+    """
+    factors = np.full(len(log.steps), np.nan)
     cpu_s, had_s = _grown(log, "cpu"), log.periods_s() - _grown(log, "waited")
     known = _tells(log) & ~np.isnan(cpu_s) & ~np.isnan(had_s)
     if known.any():
@@ -60,25 +70,28 @@ def stretch(log: StepLog) -> FloatArray:
     return factors
 
 
-def calmest(stretches: FloatArray) -> npt.NDArray[np.bool_]:
-    """Which of some moments were `CALM`; where fewer than half were, the calmer half. Shape as given.
+def calmest(stretches: FloatArray, rounds: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which moments were `CALM`; the calmer half of a round in which fewer than half were. Shape as given.
 
-    stretches: factors of stolen time. What is replayed or drawn as it was recorded would otherwise hold what
-    the hypervisor did in the minutes of a profile.
+    stretches: factors of stolen time, NaN where nobody told: calm, then. rounds: index of each moment's
+    round of common load; none disappears. What is replayed or drawn as it was recorded would otherwise hold
+    what the hypervisor did in the minutes of a profile.
     """
-    if not len(stretches):
-        return np.zeros(0, dtype=bool)
-    calm: npt.NDArray[np.bool_] = stretches <= max(CALM, float(np.median(stretches)))
+    told, calm = np.nan_to_num(stretches, nan=1.0), np.zeros(len(stretches), dtype=bool)
+    for one in np.unique(rounds):
+        inside = rounds == one
+        calm[inside] = told[inside] <= max(CALM, float(np.median(told[inside])))
     return calm
 
 
 def stolen_share(logs: Iterable[StepLog]) -> float:
-    """Share of all steps' time that the hypervisor gave to other machines; 0 without steps."""
+    """Share of the steps' time that the hypervisor gave to other machines; 0 where no thread tells."""
     took_s = had_s = 0.0
     for log in logs:
-        periods_s = log.periods_s()
-        took_s += float(periods_s.sum())
-        had_s += float((periods_s / stretch(log)).sum())
+        factors, periods_s = told_stretch(log), log.periods_s()
+        known = ~np.isnan(factors)
+        took_s += float(periods_s[known].sum())
+        had_s += float((periods_s[known] / factors[known]).sum())
     return 1.0 - had_s / took_s if took_s > 0.0 else 0.0
 
 

@@ -115,7 +115,7 @@ class Disturbance:
     @property
     def figure(self) -> str:
         """The same as short as can be."""
-        return f"{100 * self.stolen:.0f} % stolen" if self.by_hypervisor else f"{self.cores:.2f}"
+        return f"{100 * self.stolen:.0f} % stolen" if self.by_hypervisor else f"{self.cores:.2f} cores used"
 
 
 def all_undisturbed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,14 @@ def read_speed(
     start = SpeedTrace((1.0,), factor, doubt, wander, Sensitivity.of(calibration), share)
     ends_s, stretches = (np.concatenate([frame[key] for frame in steps]) for key in ("end_s", "stretch"))
     return start.with_steps(ends_s, np.concatenate(slow), stretches)
+
+
+def stolen_from(folder: Path, servers: Collection[str]) -> float:
+    """Share of all servers' step time in a run that the hypervisor took, as it is predicted with."""
+    frames = [_steps(folder / f"steps_{name}.parquet") for name in servers]
+    took_s = sum(float(frame["period_s"].sum()) for frame in frames)
+    had_s = sum(float((frame["period_s"] / frame["stretch"]).sum()) for frame in frames)
+    return 1.0 - had_s / took_s if took_s > 0.0 else 0.0
 
 
 def _probes(steps: pd.DataFrame) -> Probes:

@@ -98,7 +98,7 @@ def theirs(
 def at_speed(figures: Mapping[str, float], slow: float) -> dict[str, float]:
     """Figures of a round as they would be on a host of slowness 1: rates go up, times down.
 
-    By the slowness itself: steps of one row feel more of it, steps of many less (see `sensitivity`).
+    By the slowness itself: that is what steps make of it, as far as is known (see `sensitivity`).
     """
     return {name: value * slow if "throughput" in name else value / slow for name, value in figures.items()}
 

@@ -21,10 +21,11 @@ from testbed.front_end import KEY as FRONT_END_KEY
 from testbed.front_end import FrontEnd
 from testbed.load import RequestRecord
 from testbed.power import PowerLog, power_model
+from testbed.probe_works import FORMER
 from testbed.profiling import ProfileRun
 from testbed.sensitivity import KEY, Sensitivity, fit_sensitivity, one_row_share
-from testbed.speed_probe import FIRST_WORK, Probes, UsualProbe, probed_work, slowness
 from testbed.speed_probe import KEY as PROBE_KEY
+from testbed.speed_probe import Probes, UsualProbe, probed_work, slowness
 from testbed.step_log import StepLog, request_tag
 from testbed.weightless import model_shape
 
@@ -138,7 +139,7 @@ def fit(profiled: Profiled) -> Calibration:
     Where the host's speed was probed it is fitted twice: to steps cleared of the probe's own slowness, and
     to steps cleared of what they themselves make of it, which the first fit shows (see `sensitivity`).
     """
-    usual = UsualProbe.fit(Probes.of(profiled.log), probed_work(profiled.log.meta) or FIRST_WORK)
+    usual = UsualProbe.fit(Probes.of(profiled.log), probed_work(profiled.log.meta) or FORMER)
     own = front_end_of(profiled.log)
     batches, measured_s, slow = profile_steps(profiled.log, profiled.run, usual, own)
     first = _calibration(profiled, batches, measured_s / slow, Sensitivity(), usual, own)

@@ -11,7 +11,7 @@ Lines, by their first element:
   "f"  [t, index, status, output tokens, preemptions, block hashes at the end]
   "s"  [n, s0, s1, u0, u1, running, waiting, blocks used, decode rows, their computed tokens summed,
         the largest of these, other rows, preempted indices, prefix hits, tokens out, record cost,
-        CPU seconds of the engine's thread so far, probe seconds or null, stolen share or null,
+        CPU seconds of the engine's thread so far, those of the speed probe or null, stolen share or null,
         CPU seconds of that thread at s0, seconds that it waited for its core so far or null, those at s0]
 s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are
 [index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]; decode rows (one
@@ -29,18 +29,19 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from testbed.core_wait import CoreWait
+from testbed.probe_works import WITH_PRODUCT, WITHOUT_PRODUCT
 from testbed.stolen_time import StolenShare
 
 FLUSH_PERIOD_S = 0.5
 PROBE_PERIOD_S = 0.02
 MOST_PROBED = 0.01
-PROBE = 2  # which work the speed probe does: times of another one say nothing beside it
 BEFORE: dict[str, Any] = {
     "watermark": 0.0,
     "scheduler_reserve_full_isl": False,
@@ -97,22 +98,20 @@ class SpeedProbe:
     step does: a product of 12 rows with weights that lie in 32 MiB, in bfloat16 as the experts' own, a small
     product in the first cache, 512 KiB read twice, and the next piece of 8 MiB. At most every 20 ms, and
     `MOST_PROBED` of the time. How steps follow it is fitted (see `testbed.sensitivity`).
+
+    work: with the product or, where several threads would share it, without (`probe_works`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, work: int = WITH_PRODUCT) -> None:
         import numpy as np  # late: only where the probe is asked for
-        import torch
 
         random = np.random.default_rng(0)
         self._square = random.random((64, 64), dtype=np.float32)
         self._near = random.random(1 << 16)
         self._far = random.random(1 << 20)
-        self._product = torch.mm
-        self._rows = torch.ones((12, 512), dtype=torch.bfloat16)
-        self._weights = [torch.full((512, 512), 1 / 512, dtype=torch.bfloat16) for _ in range(64)]
+        self._product = _product() if work == WITH_PRODUCT else lambda _: None
         self._at = 0
         self._due_s = 0.0
-        self._product(self._rows, self._weights[0])  # the first one prepares what all others use
 
     def __call__(self) -> float | None:
         """CPU seconds that the work takes just now; None when the last time was a moment ago.
@@ -123,7 +122,7 @@ class SpeedProbe:
         if time.monotonic() < self._due_s:
             return None
         began_s = time.thread_time()
-        self._product(self._rows, self._weights[self._at % 64])
+        self._product(self._at)
         self._square @ self._square
         self._near.sum()
         self._near.sum()
@@ -132,7 +131,24 @@ class SpeedProbe:
         took_s = time.thread_time() - began_s
         self._at += 1
         self._due_s = time.monotonic() + max(PROBE_PERIOD_S, took_s / MOST_PROBED)
-        return took_s
+        return took_s if took_s > 0.0 else None  # where threads' time is counted coarsely it says nothing
+
+
+def _product() -> Callable[[int], object]:
+    """A product of 12 rows with the next of 64 pieces of weights, 512 KiB each, in bfloat16."""
+    import torch
+
+    rows = torch.ones((12, 512), dtype=torch.bfloat16)
+    weights = [torch.full((512, 512), 1 / 512, dtype=torch.bfloat16) for _ in range(64)]
+    torch.mm(rows, weights[0])  # the first one prepares what all others use
+    return lambda number: torch.mm(rows, weights[number % 64])
+
+
+def _probed_work(config: Any) -> int | None:
+    """What this server's probe does; None where nothing is probed."""
+    if os.environ.get("ERSIM_SPEED_PROBE") != "1":
+        return None
+    return WITH_PRODUCT if _computes_in_one_thread(config) else WITHOUT_PRODUCT
 
 
 def _computes_in_one_thread(config: Any) -> bool:
@@ -158,7 +174,7 @@ def _meta(scheduler: Any) -> dict[str, Any]:
         "monotonic_s": time.monotonic(),
         "epoch_s": time.time(),
         "one_thread": _computes_in_one_thread(scheduler.vllm_config),
-        "speed_probe": PROBE if os.environ.get("ERSIM_SPEED_PROBE") == "1" else None,
+        "speed_probe": _probed_work(scheduler.vllm_config),
         **later,
         "async_scheduling": bool(later["async_scheduling"]),
         "max_num_seqs": scheduler.max_num_running_reqs,
@@ -185,11 +201,12 @@ class RecordingMixin:
         self._index: dict[str, int] = {}
         self._in_flight: deque[list[Any]] = deque()
         self._starts: deque[tuple[float, float | None]] = deque()  # of each step, as the thread counts
-        probed = os.environ.get("ERSIM_SPEED_PROBE") == "1"
-        self._probe = SpeedProbe() if probed else None
-        self._stolen = StolenShare() if probed else None
-        self._waited = CoreWait() if probed else None
-        self._log.put(("m", _meta(self)))
+        meta = _meta(self)
+        work = meta["speed_probe"]
+        self._probe = None if work is None else SpeedProbe(work)
+        self._stolen = None if work is None else StolenShare()
+        self._waited = None if work is None else CoreWait()
+        self._log.put(("m", meta))
 
     def add_request(self, request: Any) -> None:
         super().add_request(request)  # type: ignore[misc]

@@ -1,10 +1,10 @@
 """What the speed probe takes: the usual times of one profile, and how far those of other moments are above.
 
 The probe (`recording_scheduler.SpeedProbe`) runs in the caches that the step before it left. In the
-profiles of experiments/measured/cpu/live_cpu (`provenance.speed_probe` of both calibrations) it took 3 %
-less after decode steps of two rows than near them, and 1 and 5 % more after prefill, while the steps took
-what they always take. So what it takes is split into the host's speed at that moment and a factor by the kind
-of the step before. The factors are fitted to the profile of one expert alone and hold for all of its servers.
+profiles of experiments/measured/cpu/live_cpu (`provenance.speed_probe` of both calibrations) a former one
+took 3 % less after decode steps of two rows than near them, and 1 and 5 % more after prefill, while the steps
+took what they always take. So what it takes is split into the host's speed at that moment and a factor by
+the kind of the step before. The factors are fitted to the profile of one expert alone and hold for all of its servers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ersim.errors import DataError
 from ersim.steptime import Calibration
+from testbed.probe_works import FORMER, TODAY
 from testbed.step_log import StepLog
 
 FloatArray = npt.NDArray[np.float64]
@@ -29,7 +30,6 @@ PREFILL, MORE = "prefill", "more"
 TURNS = 6
 USUAL_COUNT = 10  # as many probes say that a kind is like all others
 DIGITS = 4
-FIRST_WORK = 1  # of recorders that did not say which
 
 
 def kind_of(decode_seqs: int, prefill_tokens: int) -> str:
@@ -84,15 +84,15 @@ class Probes:
 class UsualProbe:
     """What the probe takes at slowness 1: seconds, and the factor on it after each kind of step.
 
-    work: which work it does (`recording_scheduler.PROBE`).
+    work: which work it does (`probe_works`).
     """
 
     seconds: float
     after: Mapping[str, float]
-    work: int = FIRST_WORK
+    work: int = FORMER
 
     @classmethod
-    def fit(cls, probes: Probes, work: int = FIRST_WORK) -> UsualProbe | None:
+    def fit(cls, probes: Probes, work: int = FORMER) -> UsualProbe | None:
         """That of a profile, whose median moment has slowness 1; None where nothing was probed."""
         probed = np.flatnonzero(~np.isnan(probes.took_s))
         if not len(probed):
@@ -112,13 +112,14 @@ class UsualProbe:
             return None
         try:
             found = cls(**stored)
-            sound = all(map(_is_time, (found.seconds, *found.after.values(), found.work)))
+            known = found.work == FORMER or found.work in TODAY
+            sound = known and all(map(_is_time, (found.seconds, *found.after.values())))
         except (TypeError, AttributeError):
             sound = False
         if not sound:
             raise DataError(
                 f"calibration {calibration.name}: provenance.{KEY} must be seconds and factors by kind of "
-                f"step, numbers > 0, got {stored!r}; profile again"
+                f"step, numbers > 0, and a known work, got {stored!r}; profile again"
             )
         return found
 
@@ -152,7 +153,7 @@ def _factors(moments_s: FloatArray, logs: FloatArray, kinds: npt.NDArray[np.str_
 
 def probed_work(meta: Mapping[str, Any]) -> int | None:
     """Which work a server's probe does, as the head of its step log says; None where nothing is probed."""
-    found: int | None = meta.get("speed_probe", FIRST_WORK)
+    found: int | None = meta.get("speed_probe", FORMER)
     return found
 
 

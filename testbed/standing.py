@@ -5,8 +5,7 @@ took 25 % longer than in the start that had been profiled minutes before, in all
 engine's thread on its core for 99 % of the time (where its weights came to lie in memory may be why).
 So before each round of runs every server answers a few fixed requests alone. What its steps take over
 what its calibration says, cleared of the host's speed at that moment, is its slowness, felt by each
-step as the host's is (`sensitivity`): the start that took 1.36 times the calibrated time in decode
-steps took 1.25 times in prefill. No request of a run is looked at. All rounds of one start are one
+step as the host's is (`sensitivity`). No request of a run is looked at. All rounds of one start are one
 figure: a round that was disturbed has a large doubt, and counts little; how far they are apart goes
 into the intervals. Not used on GPUs, nor for the start that was profiled, which is its own measure.
 """

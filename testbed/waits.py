@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from testbed.core_time import calmest, stretch
+from testbed.core_time import calmest, told_stretch
 from testbed.load import LoadResult
 from testbed.step_log import StepLog, request_tag
 
@@ -32,6 +32,7 @@ INBOUND = (0, 1, 2, 3)
 OUTBOUND = (4, 5)
 GATEWAY = (0, 1, 2, 5)  # what the client's and the gateway's clocks show, see `testbed.measured`
 DIGITS = 6
+NEAR_S = 0.1  # steps that ended so near to a request's way tell what it met
 ALIKE = 30  # recorded requests, at least, that one is drawn from: the nearest by how many were under way
 
 
@@ -71,9 +72,9 @@ def recorded_ways(
         server: (log.ends_s(), np.array([step.schedule_s for step in log.steps]))
         for server, log in servers.items()
     }
-    steps = [(log.ends_s(), stretch(log)) for log in servers.values()]
-    rows, counts, stretches = [], [], []
-    for load in loads:
+    steps = [(log.ends_s(), told_stretch(log)) for log in servers.values()]
+    rows, counts, stretches, rounds = [], [], [], []
+    for number, load in enumerate(loads):
         for record, under_way in zip(load.records, _under_way(load), strict=True):
             gate = access.get(record.tag)
             engine = engines.get((record.expert or "", record.replica))
@@ -86,18 +87,26 @@ def recorded_ways(
             engine_s = _engine_ways_s(gate, added_s.get(record.tag), *engine)
             rows.append((to_s, gate["routing_s"], base_s, *engine_s, back_s))
             counts.append(under_way)
-            stretches.append(_most_stretched(steps, record.send_s, record.first_s))
+            ways_s = (record.send_s, gate["submitted_s"]), (gate["first_in_s"], record.first_s)
+            stretches.append(_most_stretched(steps, ways_s))
+            rounds.append(number)
     seconds = np.array(rows, dtype=np.float64).reshape(-1, len(WAYS))
-    calm = calmest(np.array(stretches, dtype=np.float64))
+    calm = calmest(np.array(stretches, dtype=np.float64), np.array(rounds, dtype=np.int64))
     return Ways(seconds[calm], np.array(counts, dtype=np.int64)[calm])
 
 
-def _most_stretched(steps: Sequence[tuple[FloatArray, FloatArray]], from_s: float, until_s: float) -> float:
-    """Largest factor of stolen time on steps that ended in between. steps: ends and factors, by server."""
+def _most_stretched(
+    steps: Sequence[tuple[FloatArray, FloatArray]], ways_s: Sequence[tuple[float, float]]
+) -> float:
+    """Largest factor of stolen time on steps that ended while a request was on its way; 1 where none did.
+
+    steps: ends and factors, by server. ways_s: from, until; what passed in the engine is not looked at.
+    """
     largest = 1.0
     for ends_s, factors in steps:
-        first, last = np.searchsorted(ends_s, (from_s, until_s))
-        largest = max(largest, float(factors[first:last].max(initial=1.0)))
+        for from_s, until_s in ways_s:
+            first, last = np.searchsorted(ends_s, (from_s - NEAR_S, until_s + NEAR_S))
+            largest = max(largest, float(np.nan_to_num(factors[first:last], nan=1.0).max(initial=1.0)))
     return largest
 
 

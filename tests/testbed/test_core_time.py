@@ -13,6 +13,7 @@ from testbed.core_time import (
     front_end_of,
     stolen_share,
     stretch,
+    told_stretch,
     undisturbed_s,
     waited_for_others_s,
 )
@@ -166,9 +167,23 @@ def test_the_steps_time_that_was_stolen_counts_over_all_servers() -> None:
     assert stolen_share([]) == 0.0 and stolen_share([log_of([])]) == 0.0
 
 
+def test_what_only_the_machine_tells_leaves_no_measurement_out() -> None:
+    """Its share counts processors that wait to be woken: a quiet load would be measured again and again."""
+    shared, uncounted = log_of([0.02] * 4, one_thread=False, stolen=0.5), log_of([0.02] * 4, stolen=0.5)
+    for log in (shared, uncounted):
+        np.testing.assert_allclose(stretch(log), 2.0)
+        assert np.isnan(told_stretch(log)).all() and stolen_share([log]) == 0.0
+    robbed = log_of([STEP_S / 3] * 90, waiting=0.0)
+    np.testing.assert_array_equal(told_stretch(robbed), stretch(robbed))
+    assert stolen_share([shared, robbed]) == pytest.approx(0.25), "who cannot tell dilutes nothing"
+
+
 def test_calm_moments_are_those_of_little_stolen_time_or_the_calmer_half() -> None:
-    np.testing.assert_array_equal(
-        calmest(np.array([1.0, 1.3, CALM, 1.06, 1.0])), [True, False, True, False, True]
-    )
-    np.testing.assert_array_equal(calmest(np.array([2.0, 1.3, 1.1, 1.4])), [False, True, True, False])
-    assert calmest(np.zeros(0)).shape == (0,)
+    some, robbed = np.array([1.0, 1.3, CALM, 1.06, 1.0]), np.array([2.0, 1.3, 1.1, 1.4])
+    one = np.zeros(5, dtype=np.int64)
+    np.testing.assert_array_equal(calmest(some, one), [True, False, True, False, True])
+    np.testing.assert_array_equal(calmest(robbed, one[:4]), [False, True, True, False])
+    both = calmest(np.concatenate([some, robbed]), np.array([0] * 5 + [1] * 4))
+    assert both[5:].tolist() == [False, True, True, False], "no round disappears"
+    np.testing.assert_array_equal(calmest(np.array([np.nan, 1.2, np.nan]), one[:3]), [True, False, True])
+    assert calmest(np.zeros(0), one[:0]).shape == (0,)

@@ -67,7 +67,8 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
             "LiveFleet": nothing, "GatewayProcess": nothing, "gateway_settings": lambda *_: None,
             "calibration_digests": lambda *_: {}, "check_all": lambda *_: {}, "_run_once": run_once,
             "check_answered": lambda _: None, "write_run": write_run, "say": said.append,
-            "check_servers": check_servers, "stolen_share": lambda logs: next(shares, 0.0),
+            "check_servers": check_servers, "_calibrations": lambda *_: {},
+            "stolen_share": lambda logs: next(shares, 0.0),
         }.items():  # fmt: skip
             monkeypatch.setattr(validate, name, stand_in)
         monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))

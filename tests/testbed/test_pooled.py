@@ -141,28 +141,38 @@ def test_ways_are_read_from_the_replica_that_answered() -> None:
 
 
 def test_requests_that_met_stolen_time_are_no_usual_ways() -> None:
-    """Ten of them, one a second; the machine lost 60 % of its time during the steps of two."""
-    steps, records, access = [], [], {}
+    """Ten of them, one a second, of 0.7 s in the engine each; what passes there is not looked at."""
+    records, access = [], {}
     for number in range(10):
-        robbed, tag = number in (3, 4), f"t-{number}"
-        late_s = 0.1 if robbed else 0.004
-        end = number + 0.5
-        steps.append(
-            LoggedStep(2 * number, end - 0.1, end - 0.1, end, end, 1, 0, 1, 1, 9, 9, (), (), (), 1, 1e-5,
-                       stolen_share=0.6 if robbed else 0.001)
-        )  # fmt: skip
+        tag, end = f"t-{number}", number + 0.8
         asked = Request(number, 0, 0, 8, 2, 2)
+        first_in_s = end + (0.1 if number in (3, 4) else 0.004)
         records.append(
-            RequestRecord(asked, tag, number + 0.1, "a", 0, first_s=end + late_s, last_s=end + 0.2)
+            RequestRecord(asked, tag, number + 0.1, "a", 0, first_s=first_in_s + 0.001, last_s=end + 0.2)
         )
         gate = {"received_s": number + 0.1, "routing_s": 0.001, "queued_s": 0.0, "submitted_s": number + 0.11}
-        access[tag] = {**gate, "first_in_s": end + late_s}
-    log = StepLog({"async_scheduling": False}, steps, {})
-    ways = recorded_ways([LoadResult(records, 0.0, 10.0, [])], access, {"a": [log]})
-    np.testing.assert_allclose(ways.seconds[:, WAYS.index("out")], [0.004] * 8)
-    assert len(ways.under_way) == 8
-    half = recorded_ways([LoadResult(records[2:5], 0.0, 10.0, [])], access, {"a": [log]})
-    assert len(half.seconds) == 3, "a profile that was disturbed all the time still says something"
+        access[tag] = {**gate, "first_in_s": first_in_s}
+
+    def log(robbed: tuple[float, float]) -> StepLog:
+        """Steps of 10 ms, of which 4 were stolen in between."""
+        steps, cpu_s = [], 0.0
+        for number in range(1100):
+            end, began_s = 0.01 * number, cpu_s
+            cpu_s += 0.006 if robbed[0] <= end < robbed[1] else 0.01
+            steps.append(
+                LoggedStep(number, end - 0.01, end - 0.01, end, end, 1, 0, 1, 1, 9, 9, (), (), (), 1, 1e-5,
+                           cpu_s, None, 0.0, began_s, 0.0, 0.0)
+            )  # fmt: skip
+        return StepLog({"async_scheduling": False, "one_thread": True}, steps, {})
+
+    def calm(robbed: tuple[float, float], *loads: list[RequestRecord]) -> int:
+        rounds = [LoadResult(one, 0.0, 10.0, []) for one in loads]
+        return len(recorded_ways(rounds, access, {"a": [log(robbed)]}).under_way)
+
+    assert calm((3.0, 5.0), records) == 10 - 4, "those of both seconds, and who came or left just beside them"
+    assert calm((3.44, 3.46), records) == 10
+    assert calm((0.0, 99.0), records) >= 5, "a profile that was disturbed all the time still says something"
+    assert calm((6.0, 11.0), records[:6], records[6:]) >= 5 + 2, "and so does a load that was"
 
 
 def test_requests_under_way_are_counted_as_each_is_sent() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import sys
 import types
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import pytest
 
 from ersim.engine import EngineConfig
 from testbed.core_time import undisturbed_s
+from testbed.probe_works import WITH_PRODUCT, WITHOUT_PRODUCT
 from testbed.replay import recorded_config
 from testbed.step_log import StepLog, read_step_log
 
@@ -31,7 +33,13 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("vllm", "vllm.v1", "vllm.v1.core", "vllm.v1.core.sched"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     torch = types.ModuleType("torch")
-    stand_ins = {"mm": np.matmul, "ones": np.ones, "full": np.full, "bfloat16": np.float32}
+    used: list[Any] = []
+
+    def product(rows: Any, weights: Any) -> Any:
+        used.append((rows, weights))
+        return rows @ weights
+
+    stand_ins = {"mm": product, "ones": np.ones, "full": np.full, "bfloat16": np.float16, "used": used}
     for name, stand_in in stand_ins.items():
         setattr(torch, name, stand_in)
     monkeypatch.setitem(sys.modules, "torch", torch)
@@ -76,7 +84,7 @@ def test_the_probe_goes_through_all_of_its_memory(recorder: Any, monkeypatch: py
     monkeypatch.setattr(recorder, "PROBE_PERIOD_S", 0.0)
     monkeypatch.setattr(recorder, "MOST_PROBED", 1.0)
     probe = recorder.SpeedProbe()
-    near, far, used = probe._near, probe._far, []
+    far, used = probe._far, sys.modules["torch"].used  # type: ignore[attr-defined]
     read: list[int] = []
 
     class Far:
@@ -85,14 +93,40 @@ def test_the_probe_goes_through_all_of_its_memory(recorder: Any, monkeypatch: py
             return far[part]
 
     probe._far = Far()
-    probe._product = lambda rows, weights: used.append(id(weights))
+    used.clear()
     for _ in range(65):
         probe._due_s = 0.0
         assert probe() > 0.0
-    assert len(near) == 1 << 16 and read[:2] == [0, 1 << 16]
-    assert len(set(read)) == 16 and read[16] == 0
-    assert used[:64] == [id(one) for one in probe._weights] and used[64] == used[0]
-    assert probe._rows.shape == (12, 512) and probe._weights[0].shape == (512, 512)
+    assert read[:2] == [0, 1 << 16] and len(set(read)) == 16 and read[16] == 0
+    pieces = [id(weights) for _, weights in used]
+    assert len(set(pieces)) == 64 and pieces[64] == pieces[0]
+    rows, weights = used[0]
+    assert (rows.shape, weights.shape) == ((12, 512), (512, 512))
+    assert rows.dtype == weights.dtype == np.float16, "as the stand-in for bfloat16 is"
+
+
+def test_where_several_threads_compute_the_probe_has_no_product(recorder: Any) -> None:
+    used = sys.modules["torch"].used  # type: ignore[attr-defined]
+    assert recorder.SpeedProbe(WITHOUT_PRODUCT)() > 0.0 and used == []
+
+
+def test_a_clock_too_coarse_for_the_probe_says_nothing(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "time", clock([10.0, 10.001], [5.0, 5.0]))
+    assert recorder.SpeedProbe()() is None
+
+
+@pytest.mark.parametrize(
+    ("probed", "one_thread", "work"),
+    [("1", True, WITH_PRODUCT), ("1", False, WITHOUT_PRODUCT), ("", True, None)],
+)
+def test_a_log_says_which_work_its_probe_does(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch, probed: str, one_thread: bool, work: int | None
+) -> None:
+    monkeypatch.setenv("ERSIM_SPEED_PROBE", probed)
+    monkeypatch.setattr(recorder, "_computes_in_one_thread", lambda config: one_thread)
+    assert recorder._probed_work(None) == work
 
 
 def test_settings_that_a_release_lacks_are_written_as_it_behaves(
@@ -140,11 +174,12 @@ def recorded_twice(recorder: Any, monkeypatch: pytest.MonkeyPatch, path: Path) -
     monkeypatch.setattr(base, "update_from_output", lambda *_: {}, raising=False)
     clock = types.SimpleNamespace(monotonic=lambda: next(seconds), thread_time=lambda: next(cpu_s))
     monkeypatch.setattr(recorder, "time", clock)
-    monkeypatch.setattr(recorder, "SpeedProbe", lambda: lambda: 0.25)
+    monkeypatch.setattr(recorder, "SpeedProbe", lambda work: lambda: 0.25)
     monkeypatch.setattr(recorder, "StolenShare", lambda: lambda now_s: 0.123456)
     waited_s = itertools.count(3600.0, 3600.0)
     monkeypatch.setattr(recorder, "CoreWait", lambda: lambda: next(waited_s))
-    meta = dataclasses.asdict(EngineConfig()) | {"format": 3, "vllm_version": "0.32.0"}
+    work = WITH_PRODUCT if os.environ.get("ERSIM_SPEED_PROBE") == "1" else None
+    meta = dataclasses.asdict(EngineConfig()) | {"format": 3, "vllm_version": "0.32.0", "speed_probe": work}
     monkeypatch.setattr(recorder, "_meta", lambda scheduler: meta)
     monkeypatch.setenv("ERSIM_STEP_LOG", str(path))
     scheduler = recorder.RecordingAsyncScheduler()

@@ -11,6 +11,7 @@ from ersim.config import ExpertConfig
 from ersim.errors import DataError
 from ersim.steptime import load
 from ersim.steptime.calibration import CALIBRATION_DIR
+from testbed.probe_works import FORMER, WITH_PRODUCT
 from testbed.profile_fit import Profiled, _alone, cleared_steps, fit
 from testbed.profiling import PhaseTimes, ProfileRun
 from testbed.sensitivity import (
@@ -152,7 +153,11 @@ def test_a_profile_is_fitted_to_what_steps_take_on_a_steady_host() -> None:
     assert found.fit["held_out_mape"] < 0.03
     alone = _alone(found)
     batches, cleared = cleared_steps(log, run, found, alone)
-    assert UsualProbe.of(found) is not None
+    usual = UsualProbe.of(found)
+    assert usual is not None and usual.work == FORMER
+    named = dataclasses.replace(log, meta={**log.meta, "speed_probe": WITH_PRODUCT})
+    again = UsualProbe.of(fit(Profiled(expert, "tiny", named, run, "cpu", 0)))
+    assert again == dataclasses.replace(usual, work=WITH_PRODUCT)
     at_reference = np.array([alone.step_s(batch) for batch in batches])
     assert np.median(np.abs(cleared / at_reference - 1)) < 0.03
 

@@ -26,7 +26,7 @@ from experiments.validate import (
     _mean_abs,
     _predictions,
     _rows,
-    check_probes,
+    check_probe,
     check_versions,
     logged_version,
     table,
@@ -42,6 +42,8 @@ from testbed.measured_run import VERSION as RUN_VERSION
 from testbed.measured_run import read_versions
 from testbed.pooled import answered
 from testbed.predict import predict_once
+from testbed.probe_works import FORMER, TODAY, WITH_PRODUCT
+from testbed.speed_probe import probed_work
 from testbed.step_log import FORMATS
 
 SUMMARY = {"output_throughput": 100.0, "median_tpot_ms": 20.0, "per_expert": {"a": {"share": 1.0}}}
@@ -111,24 +113,24 @@ def test_servers_of_another_vllm_than_the_calibrations_are_refused_before_any_lo
         check_versions(versions, FleetCalibration("f", {}, {}, {}, vllm_version="0.19.0"))
 
 
-def test_a_profile_beside_another_probe_is_refused_before_any_load(tmp_path: Path) -> None:
-    log = tmp_path / "a.steps.jsonl"
+def test_a_profile_beside_another_probe_is_refused_before_anything_is_moved_or_started() -> None:
     shipped = load_calibration(CALIBRATION_DIR / "h100-80gb" / "llama3.1-8b_bf16_tp1_tables.json")
     probed = {"seconds": 3e-4, "after": {}}
 
-    def check(made_with: dict[str, Any] | None, now: dict[str, Any]) -> None:
-        meta = dataclasses.asdict(EngineConfig()) | {"format": FORMATS[-1], "vllm_version": "0.32.0"} | now
-        log.write_text(json.dumps(["m", meta]) + "\n")
+    def check(made_with: dict[str, Any] | None, *works: int | None) -> None:
         provenance = {**shipped.provenance, "speed_probe": made_with}
-        check_probes([log], dataclasses.replace(shipped, provenance=provenance))
+        check_probe(dataclasses.replace(shipped, provenance=provenance), works, "expert a")
 
-    check(probed, {})
-    check({**probed, "work": 2}, {"speed_probe": 2})
-    check(None, {"speed_probe": 2})
-    check(probed, {"speed_probe": None})
-    again = r"was profiled beside a speed probe of another kind \(work 1, now 2\): profile again"
+    check(probed, FORMER)
+    check({**probed, "work": WITH_PRODUCT}, *TODAY)
+    check(None, WITH_PRODUCT)
+    check(probed, None)
+    again = r"expert a: its calibration .* another speed probe \(.*work 1, now 2 or 3\): profile again"
     with pytest.raises(ConfigError, match=again):
-        check(probed, {"speed_probe": 2})
+        check(probed, *TODAY)
+    with pytest.raises(ConfigError, match=r"work 3, now 2\): profile again"):
+        check({**probed, "work": 3}, 2)
+    assert probed_work({}) == FORMER and probed_work({"speed_probe": None}) is None
 
 
 def test_a_stored_run_names_the_vllm_it_was_measured_with(tmp_path: Path) -> None:
