@@ -52,9 +52,9 @@ def stretch(log: StepLog) -> FloatArray:
 
 
 def told_stretch(log: StepLog) -> FloatArray:
-    """The same where the step's own thread tells it; NaN elsewhere.
+    """Factor of stolen time on each step whose own thread tells it, shape (steps,); NaN elsewhere.
 
-    What the machine says is too rough a guess to leave a measurement out for.
+    See `stretch`; what the machine says instead is too rough a guess to leave a measurement out for.
     """
     factors = np.full(len(log.steps), np.nan)
     cpu_s, had_s = _grown(log, "cpu"), log.periods_s() - _grown(log, "waited")

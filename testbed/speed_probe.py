@@ -4,7 +4,8 @@ The probe (`recording_scheduler.SpeedProbe`) runs in the caches that the step be
 profiles of experiments/measured/cpu/live_cpu (`provenance.speed_probe` of both calibrations) a former one
 took 3 % less after decode steps of two rows than near them, and 1 and 5 % more after prefill, while the steps
 took what they always take. So what it takes is split into the host's speed at that moment and a factor by
-the kind of the step before. The factors are fitted to the profile of one expert alone and hold for all of its servers.
+the kind of the step before. The factors are fitted to the profile of one expert alone and hold for all of its
+servers.
 """
 
 from __future__ import annotations
