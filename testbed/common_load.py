@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from testbed.sensitivity import BLOCK_S, BLOCK_STD
+from testbed.sensitivity import BLOCK_S
 
 FloatArray = npt.NDArray[np.float64]
+BLOCK_STD = 0.07  # relative, of blocks of `BLOCK_S` beyond a former probe: in three profiles
 ROUND_STD = 0.05  # relative, of rounds beyond a former probe: in the common load of five profiles
 BASE_STD = 0.05  # of the steady factor, and of blocks on a steady host: guesses, nobody has measured them
 STEADY_STD = 0.01

@@ -17,8 +17,10 @@ from testbed.profiling import PhaseTimes, ProfileRun
 from testbed.sensitivity import (
     KEY,
     LEAST_EXPONENT,
-    PRIOR,
-    PRIOR_STD,
+    MORE,
+    MORE_STD,
+    ONE_ROW_EXPONENT,
+    ONE_ROW_STD,
     Sensitivity,
     fit_sensitivity,
     one_row_share,
@@ -39,7 +41,7 @@ def steps(plain: float, reads: float, wobble: float, count: int = 6000) -> tuple
 
 def test_exponents_are_found_where_the_host_moved() -> None:
     """As far from what is usual as one in ten may be."""
-    for plain, reads in ((0.85, 0.3), (1.15, -0.3)):
+    for plain, reads in ((0.85, 0.3), (1.15, -0.3), (1.9, -0.5)):
         found = fit_sensitivity(*steps(plain, reads, wobble=0.3))
         assert found.plain == pytest.approx(plain, abs=0.06)
         assert found.reads == pytest.approx(reads, abs=0.1)
@@ -47,7 +49,8 @@ def test_exponents_are_found_where_the_host_moved() -> None:
 
 def test_a_quiet_profile_keeps_to_what_others_said() -> None:
     found = fit_sensitivity(*steps(0.2, 2.0, wobble=0.003))
-    assert (found.plain, found.reads) == pytest.approx(PRIOR, abs=0.05)
+    assert found.exponent(1.0) == pytest.approx(ONE_ROW_EXPONENT, abs=0.05)
+    assert found.reads == pytest.approx(-MORE, abs=0.05)
 
 
 def test_without_a_probe_every_step_is_as_it_was() -> None:
@@ -79,10 +82,10 @@ def test_exponents_are_drawn_as_wide_as_the_profile_leaves_them() -> None:
     spread = {}
     for name, found in (("quiet", quiet), ("moved", moved)):
         draws = [found.drawn(np.random.default_rng(seed)) for seed in range(300)]
-        spread[name] = np.std([one.plain for one in draws]), np.std([one.reads for one in draws])
+        spread[name] = np.std([one.exponent(1.0) for one in draws]), np.std([one.reads for one in draws])
         assert np.mean([one.plain for one in draws]) == pytest.approx(found.plain, abs=0.06)
-    assert spread["quiet"] == pytest.approx((PRIOR_STD, PRIOR_STD), rel=0.2), "it keeps to the prior"
-    assert max(spread["moved"]) < 0.6 * PRIOR_STD
+    assert spread["quiet"] == pytest.approx((ONE_ROW_STD, MORE_STD), rel=0.2), "it keeps to the prior"
+    assert max(spread["moved"]) < 0.6 * ONE_ROW_STD
     assert Sensitivity(0.8, 0.4).drawn(np.random.default_rng(0)) == Sensitivity(0.8, 0.4)
 
 
