@@ -7,12 +7,12 @@ core of their own. Here what busy neighbours add is fitted to steps recorded und
     period / slowed = base * alone * (1 + felt * sum over others of slowdown[other] * share they ran)
                       + token_wait_s * traffic
 
-traffic is what gateway and client have to pass on while the step holds one of the cores that they run on: the
-tokens that the others hand out meanwhile, and its own as far as the others run too (whose cores are free
-otherwise). The engine's thread knows what it waited for its core (`core_wait`), beyond what its own front end
-takes of it (`front_end`): token_wait_s is that over the traffic, and 0 where nobody counts it. In two runs
-it said what steps waited at 1 to 16 users within 1 % of the steps' time; a share of the time that the
-others ran, fitted to the same waits, said 1 to 2 % too much at 2 and 4 users and as much too little at 16.
+traffic is what gateway and client have to pass on while the step holds one of the cores that they run on:
+the tokens that the others hand out meanwhile, and its own as far as the others run too (whose cores are free
+otherwise). What one of the others' steps hands out comes in one piece, which costs as much as
+`HAND_OUT_TOKENS` more, however many there are. The engine's thread knows what it waited for its core
+(`core_wait`), beyond what its own front end takes of it (`front_end`): token_wait_s is that over the traffic,
+and 0 where nobody counts it.
 
 felt is the exponent with which the step feels a slow host (`sensitivity`): a neighbour is one more user of
 the same memory and caches. Others are all replicas of
@@ -49,6 +49,10 @@ from testbed.step_scatter import ScatterPlayer, StepScatter, measure_scatter
 FloatArray = npt.NDArray[np.float64]
 MIN_STEPS = 50
 TINY_S = 1e-9
+HAND_OUT_TOKENS = 2.0
+"""Of what steps of two experts waited in five measurements at 1 to 16 users, fitted with a time for each
+token and one for each hand-out, which was 0.9 to 3.4 times a token's. By tokens alone steps were told to wait
+up to 1.3 % of their time too little at 8 users where that was right at 16."""
 
 
 def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> FloatArray:
@@ -72,11 +76,15 @@ def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> Floa
     return clipped
 
 
-def tokens_out(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> FloatArray:
-    """Tokens that another's steps handed out during each interval, spread over those steps, shape (n,)."""
+def handed_out(starts_s: FloatArray, ends_s: FloatArray, other: StepLog, each: float = 0.0) -> FloatArray:
+    """Tokens that another's steps handed out during each interval, spread over those steps, shape (n,).
+
+    each: tokens that a step's hand-out counts beside them; one that hands out nothing counts nothing.
+    """
     if not other.steps:
         return np.zeros(len(starts_s))
-    ends, handed = other.ends_s(), np.cumsum([step.tokens_out for step in other.steps])
+    counted = [step.tokens_out + each * (step.tokens_out > 0) for step in other.steps]
+    ends, handed = other.ends_s(), np.cumsum(counted)
     edges_s = np.maximum.accumulate(np.stack([ends - other.periods_s(), ends], axis=1).ravel())
     so_far = np.stack([np.concatenate(([0], handed[:-1])), handed], axis=1).ravel()
     found: FloatArray = np.interp(ends_s, edges_s, so_far) - np.interp(starts_s, edges_s, so_far)
@@ -88,7 +96,8 @@ class Contention:
     """What common load adds to one expert's steps, see this module's head; factors.
 
     slowdowns: by the expert whose replica runs, its own name standing for its other replicas. token_wait_s:
-    for each token of the traffic. refits: [base, *slowdowns, token_wait_s] fitted to other moments.
+    for each token of the traffic; hand_out_tokens: how many a hand-out of theirs counts in it beside its own.
+    refits: [base, *slowdowns, token_wait_s] fitted to other moments.
     scatter: of single steps under common load. rounds: what each round of common load took over all of this;
     for the record.
     """
@@ -99,6 +108,7 @@ class Contention:
     base: float = 1.0
     rounds: Sequence[float] = ()
     token_wait_s: float = 0.0
+    hand_out_tokens: float = 0.0
 
     def drawn(self, rng: np.random.Generator) -> Contention:
         """One of the refits in place of the fit; the fit itself when there are none."""
@@ -145,7 +155,7 @@ class Recorded:
         periods, ends = log.periods_s(), log.ends_s()
         starts, others = ends - periods, [[one for one in logs if one is not log] for logs in around]
         shares = [np.sum([busy_share(starts, ends, one) for one in logs], axis=0) for logs in others]
-        passed = [tokens_out(starts, ends, one) for logs in others for one in logs]
+        passed = [handed_out(starts, ends, one, HAND_OUT_TOKENS) for logs in others for one in logs]
         batches = [step.batch() for step in log.steps]
         rows = np.array([batch.sampled_seqs for batch in batches], dtype=float)
         traffic = np.sum(passed, axis=0) + rows * np.sum(shares, axis=0) / max(1, len(passed))
@@ -196,6 +206,7 @@ def fit_contention(
         fit.base,
         rounds.round(4).tolist(),
         fit.token_wait_s,
+        HAND_OUT_TOKENS,
     )
 
 
@@ -254,7 +265,7 @@ class ContendedStepTime:
         self._one_row_s = alone.step_s(ONE_ROW)
         self._neighbours: Sequence[Sequence[ReplicaState]] = ()
         self._theirs: Sequence[ContendedStepTime] = ()
-        self._tokens_per_s = 0.0
+        self._handed_per_s = 0.0
         self._clock: Callable[[], float] = float
 
     def watch(
@@ -275,9 +286,9 @@ class ContendedStepTime:
         self._clock = clock
 
     @property
-    def tokens_per_s(self) -> float:
-        """Tokens that the step begun last hands out, over its seconds alone; of whichever replica."""
-        return self._tokens_per_s
+    def handed_per_s(self) -> float:
+        """What the step begun last hands out, as tokens over its seconds alone; of whichever replica."""
+        return self._handed_per_s
 
     def _slowdown(self) -> float:
         """What those that run just now add to the time alone, as far as it is felt."""
@@ -295,7 +306,7 @@ class ContendedStepTime:
         tokens, running, count = 0.0, 0, 0
         for itself, theirs, replicas in zip(self._itself, self._theirs, self._neighbours, strict=True):
             busy = max(0, sum(bool(replica.running) for replica in replicas) - itself)
-            tokens += busy * theirs.tokens_per_s * alone_s
+            tokens += busy * theirs.handed_per_s * alone_s
             running += busy
             count += len(replicas) - itself
         return tokens + rows * running / max(1, count)
@@ -306,7 +317,8 @@ class ContendedStepTime:
         seconds = self._known.base * alone_s * (1.0 + self._felt.exponent(share) * slowdown)
         if self._known.token_wait_s:
             seconds += self._known.token_wait_s * self._traffic(alone_s, rows)
-        self._tokens_per_s = rows / max(alone_s, TINY_S)  # after its siblings' were read
+        handed = rows + self._known.hand_out_tokens * (rows > 0)
+        self._handed_per_s = handed / max(alone_s, TINY_S)  # after its siblings' were read
         return seconds if self._speed is None else seconds * self._speed.slowed(self._clock(), share)
 
     def step_s(self, batch: Batch) -> float:

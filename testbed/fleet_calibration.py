@@ -17,7 +17,7 @@ from testbed.step_scatter import StepScatter
 from testbed.stored_json import FileKind, StoredJson
 
 FORMAT = "ersim-fleet-calibration"
-VERSION = 8
+VERSION = 9
 FILE = "fleet.json"
 KIND = FileKind(
     "a fleet calibration", FORMAT, VERSION, "profile the fleet again", "make it with ersim-profile fleet=..."
@@ -107,7 +107,8 @@ def _contention(file: StoredJson, name: str, item: Any) -> Contention:
     for other, value in slowdowns.items():
         file.number(f"{key}.slowdowns.{other}", value, 0.0)
     file.number(f"{key}.base", data["base"], above=0.0)
-    file.number(f"{key}.token_wait_s", data["token_wait_s"], 0.0)
+    for traffic in ("token_wait_s", "hand_out_tokens"):
+        file.number(f"{key}.{traffic}", data[traffic], 0.0)
     file.numbers(f"{key}.rounds", data["rounds"], 0.0)
     if not isinstance(data["refits"], list):
         raise file.bad(f"{key}.refits", "a list", data["refits"])

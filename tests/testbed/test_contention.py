@@ -12,11 +12,12 @@ from ersim.config import ExpertConfig, FleetConfig, SimulationConfig, WorkloadCo
 from ersim.prepare import Preparations
 from ersim.types import Batch
 from testbed.contention import (
+    HAND_OUT_TOKENS,
     ContendedStepTime,
     Contention,
     busy_share,
     fit_contention,
-    tokens_out,
+    handed_out,
 )
 from testbed.core_time import stretch
 from testbed.fleet_calibration import FleetCalibration
@@ -365,7 +366,8 @@ def sharing_the_core(
     for number in range(steps):
         busy, rows = (number // 20) % 2 == 1, 1 + (number // 40) % 4
         own_s = (0.02 + 0.001 * rows) / 1.1 * (1.0 + slowdown * busy)
-        waits_s = 0.1 * own_s + TOKEN_WAIT_S * (rows + 2) * busy + 0.03 * (number in disturbed)
+        traffic = (rows + 2 + HAND_OUT_TOKENS) * busy
+        waits_s = 0.1 * own_s + TOKEN_WAIT_S * traffic + 0.03 * (number in disturbed)
         length, began, queued = own_s + waits_s + 0.06 * (number in robbed), cpu_s, waited_s
         cpu_s, waited_s = cpu_s + own_s, waited_s + waits_s
         plain = step(number, clock, clock + length, decode=rows)
@@ -410,8 +412,12 @@ def test_steps_that_the_hypervisor_took_cores_from_are_not_replayed() -> None:
 def test_tokens_are_spread_over_the_steps_that_hand_them_out() -> None:
     other = StepLog(META, [step(0, 1.0, 1.5, decode=4), step(5, 3.0, 4.0, decode=2)], {})
     starts, ends = np.array([0.0, 1.25, 1.4, 2.0, 2.5]), np.array([0.9, 1.5, 1.6, 2.5, 3.5])
-    np.testing.assert_allclose(tokens_out(starts, ends, other), [0, 2, 0.8, 0, 1], atol=1e-9)
-    np.testing.assert_array_equal(tokens_out(starts, ends, StepLog(META, [], {})), np.zeros(5))
+    np.testing.assert_allclose(handed_out(starts, ends, other), [0, 2, 0.8, 0, 1], atol=1e-9)
+    np.testing.assert_array_equal(handed_out(starts, ends, StepLog(META, [], {})), np.zeros(5))
+    silent = dataclasses.replace(step(6, 4.0, 5.0), tokens_out=0)
+    other = StepLog(META, [*other.steps, silent], {})
+    each = handed_out(np.array([1.0, 2.0, 3.5]), np.array([1.5, 5.0, 4.5]), other, each=3.0)
+    np.testing.assert_allclose(each, [7, 5, 2.5], atol=1e-9, err_msg="what hands out nothing counts nothing")
 
 
 def test_contended_steps_wait_for_the_tokens_of_both() -> None:
@@ -437,6 +443,13 @@ def test_contended_steps_wait_for_the_tokens_of_both() -> None:
     other.step_s(Batch(102, 2, 20, 10, ((100, 0),), 2))  # of a long prompt, which hands out nothing yet
     traffic = 4 + 2 * 0.024 / 0.020
     assert contended.step_s(batch) == pytest.approx(2 * (0.024 + 1e-3 * traffic))
+    talkative = ContendedStepTime(Steady(), Contention(hand_out_tokens=2.5), ["a"])
+    contended.watch([[neighbour]], lambda: now[0], [talkative])
+    for rows, handed in ((3, 3 + 2.5), (0, 0)):
+        talkative.step_s(Batch(100 + rows, 3, 30, 10, ((97 + rows, 0),), rows))
+        assert talkative.handed_per_s == pytest.approx(handed / 0.030)
+        traffic = 4 + handed * 0.024 / 0.030
+        assert contended.step_s(batch) == pytest.approx(2 * (0.024 + 1e-3 * traffic))
     plain = ContendedStepTime(Steady(), known, ["b"])
     plain.watch([[neighbour]], lambda: now[0], [other])
     np.testing.assert_allclose(plain.decode_run_s(4, 40, 10, 2), [plain.step_s(batch)] * 2)

@@ -57,6 +57,7 @@ def test_what_is_no_fleet_calibration_is_refused(tmp_path: Path, text: str) -> N
         (("contention", "a", "base"), -1.0, A + r"\.base must be a number > 0, got -1\.0"),
         (("contention", "a", "base"), float("nan"), A + r"\.base must be a number > 0, got nan"),
         (("contention", "a", "token_wait_s"), -1e-4, A + r"\.token_wait_s must be a number >= 0"),
+        (("contention", "a", "hand_out_tokens"), "2", A + r"\.hand_out_tokens must be a number >= 0"),
         (("contention", "a", "row_s"), 0.1, A + r"\.row_s must be absent"),
         (("contention", "a", "slowdowns", "b"), -0.1, A + r"\.slowdowns\.b must be a number >= 0, got -0\.1"),
         (("contention", "a", "refits"), {}, A + r"\.refits must be a list"),
