@@ -335,6 +335,7 @@ def contention_summary(item: Contention) -> dict[str, Any]:
     return {
         "base": item.base,
         "token_wait_s": item.token_wait_s,
+        "hand_out_tokens": item.hand_out_tokens,
         "slowdowns": dict(item.slowdowns),
         "rounds": list(item.rounds),
     }

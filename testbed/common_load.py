@@ -77,7 +77,7 @@ class CommonLoad:
     def token_wait_s(self) -> float:
         """Seconds that a step waits for each token of its traffic; 0 where no step tells.
 
-        The median of blocks of `BLOCK_S`, each counting as many tokens as were handed out in it. Within a
+        The median of blocks of `BLOCK_S`, each counting as much traffic as there was in it. Within a
         block all that was waited counts, since single waits are a time slice or nothing; of blocks other work
         on the machine may have disturbed some (steps waited four times as long in a quarter of a profile's).
         """

@@ -9,8 +9,8 @@ core of their own. Here what busy neighbours add is fitted to steps recorded und
 
 traffic is what gateway and client have to pass on while the step holds one of the cores that they run on:
 the tokens that the others hand out meanwhile, and its own as far as the others run too (whose cores are free
-otherwise). What one of the others' steps hands out comes in one piece, which costs as much as
-`HAND_OUT_TOKENS` more, however many there are. The engine's thread knows what it waited for its core
+otherwise). What one step of theirs hands out comes in one piece, which costs as much as `HAND_OUT_TOKENS`
+tokens more, however many are in it. The engine's thread knows what it waited for its core
 (`core_wait`), beyond what its own front end takes of it (`front_end`): token_wait_s is that over the traffic,
 and 0 where nobody counts it.
 
@@ -50,9 +50,9 @@ FloatArray = npt.NDArray[np.float64]
 MIN_STEPS = 50
 TINY_S = 1e-9
 HAND_OUT_TOKENS = 2.0
-"""Of what steps of two experts waited in five measurements at 1 to 16 users, fitted with a time for each
-token and one for each hand-out, which was 0.9 to 3.4 times a token's. By tokens alone steps were told to wait
-up to 1.3 % of their time too little at 8 users where that was right at 16."""
+"""What steps of two experts waited in five measurements at 1 to 16 users was fitted with a time for each
+token and one for each hand-out: the latter was 0.9 to 3.4 times the former. By tokens alone steps were told
+to wait up to 1.3 % of their time too little at 8 users where that was right at 16."""
 
 
 def busy_share(starts_s: FloatArray, ends_s: FloatArray, other: StepLog) -> FloatArray:
@@ -96,7 +96,8 @@ class Contention:
     """What common load adds to one expert's steps, see this module's head; factors.
 
     slowdowns: by the expert whose replica runs, its own name standing for its other replicas. token_wait_s:
-    for each token of the traffic; hand_out_tokens: how many a hand-out of theirs counts in it beside its own.
+    for each token of the traffic; hand_out_tokens: how many a hand-out of this expert's counts in that of
+    others, beside its tokens.
     refits: [base, *slowdowns, token_wait_s] fitted to other moments.
     scatter: of single steps under common load. rounds: what each round of common load took over all of this;
     for the record.
@@ -185,7 +186,7 @@ def fit_contention(
     """
     names = neighbours(name, {other: len(its) for other, its in logs.items()})
     if sum(len(log.steps) for log in logs[name]) < MIN_STEPS:
-        return Contention(slowdowns=dict.fromkeys(names, 0.0))
+        return Contention(slowdowns=dict.fromkeys(names, 0.0), hand_out_tokens=HAND_OUT_TOKENS)
     around = [logs[other] for other in names]
     rows = [
         Recorded.of(log, around, None if slow is None else slow[index], own)

@@ -40,6 +40,7 @@ from testbed.fleet import LiveFleet
 from testbed.load import LoadSettings, run_load
 from testbed.measured import measured_summary, requests_frame, token_gaps
 from testbed.prompt_tokens import PromptTokens
+from testbed.sensitivity import ONE_ROW_EXPONENT
 from testbed.speed_probe import Probes, UsualProbe, slowness
 from testbed.step_log import read_step_log
 
@@ -96,9 +97,9 @@ def theirs(
 
 
 def at_speed(figures: Mapping[str, float], slow: float) -> dict[str, float]:
-    """Figures of a round as they would be on a host of slowness 1: rates go up, times down.
+    """Figures of a round as they would be where steps take what they do at slowness 1.
 
-    By the slowness itself: that is what steps make of it, as far as is known (see `sensitivity`).
+    slow: what they take over that. Rates go up, times down.
     """
     return {name: value * slow if "throughput" in name else value / slow for name, value in figures.items()}
 
@@ -119,7 +120,8 @@ class Round:
         probes = Probes.of(log)
         if self.usual is None:
             self.usual = UsualProbe.fit(probes)
-        return at_speed(figures, float(np.median(slowness(probes, self.usual) * stretch(log))))
+        felt = slowness(probes, self.usual) ** ONE_ROW_EXPONENT  # steps of few rows, see `sensitivity`
+        return at_speed(figures, float(np.median(felt * stretch(log))))
 
 
 def differences(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ TOKEN_KNOTS = (
 )  # fmt: skip
 SEQUENCE_KNOTS = (0, 16, 64, 256)
 OWN_KERNEL_TOKENS = 2
-"""CPU kernels for so few tokens are others than for more. In the profiles of four measurements on two cores
-two rows took an int8 expert 0.8 to 2.4 ms of 15 to 18 longer than its curve, a bf16 one at most 0.9 of 26."""
+"""Kernels for so few tokens may be others than for more: without a term of their own steps of two rows were
+told 11 % too short in one of five profiles of a bf16 expert on a CPU, 6 % in another, within 2 % in three."""
+BLOCK_S = 4.0  # what disturbs a shared host lasts for seconds
 
 
 def batch_features(batches: Sequence[Batch], graphs: Sequence[int] = ()) -> dict[str, FloatArray]:
@@ -91,11 +92,15 @@ def live_terms(features: Mapping[str, FloatArray], padded: bool) -> list[dict[st
     """The terms that the recorded steps can tell apart, all of side gpu (what is measured is the period)."""
     token_feature = "padded_tokens" if padded else "tokens"
     terms: list[dict[str, Any]] = [_linear("step", "fixed time per step")]
-    for low, high in _segments(features[token_feature], TOKEN_KNOTS):
-        terms.append(_linear(token_feature, f"tokens {low:g} to {high or 'end'}", low, high))
+    segments = _segments(features[token_feature], TOKEN_KNOTS)
     few, more = (np.sum(test(features["tokens"], OWN_KERNEL_TOKENS)) for test in (np.equal, np.greater))
     if not padded and min(few, more) >= _need(features["tokens"]):
         terms.append(_peak(OWN_KERNEL_TOKENS))
+        at, following = (OWN_KERNEL_TOKENS - 1, OWN_KERNEL_TOKENS), (OWN_KERNEL_TOKENS, OWN_KERNEL_TOKENS + 1)
+        if following in segments:  # which with the peak says all that this one could
+            segments = [one for one in segments if one != at]
+    for low, high in segments:
+        terms.append(_linear(token_feature, f"tokens {low:g} to {high or 'end'}", low, high))
     for low, high in _segments(features["sampled_seqs"], SEQUENCE_KNOTS):
         terms.append(_linear("sampled_seqs", f"sampled rows {low:g} to {high or 'end'}", low, high))
     for name, label in (
@@ -145,7 +150,8 @@ def fit_nonnegative(matrix: FloatArray, durations_s: FloatArray) -> FloatArray:
     Not relative to the measured time: of steps that scatter by s around their mean that would tell 2 s^2
     less than the mean (E[1/t] / E[1/t^2]), which is 2 to 3 % on two shared cores, and more of steps that
     scatter more. What is told is not known before the fit, so the fit is repeated with what the one before
-    told; steps far off, to either side, count less in it (the loss sqrt(1 + z^2)).
+    told; steps far off, to either side, count less in it (the loss sqrt(1 + z^2)). Of kinds of steps that
+    scatter much more than most, and more to one side, some per cent of the mean are missing still.
     """
     theta = _weighted_fit(matrix, durations_s, durations_s)
     for _ in range(TURNS):
@@ -246,7 +252,7 @@ def fit_live_calibration(
     theta = fit_nonnegative(matrix, times)
     relative = times / np.maximum(matrix @ theta, 1e-12) - 1
     covariance = _bootstrap(matrix, times, block, rng)
-    covariance += np.outer(theta, theta) * float(np.mean(relative)) ** 2
+    covariance += np.outer(theta, theta) * _common_doubt(relative, times) ** 2
     return Calibration(
         name=name,
         source="steps",
@@ -294,6 +300,19 @@ def _median_error(batches: Sequence[Batch], times: FloatArray, told: FloatArray)
         len(rows) * abs(float(np.median(told[rows]) / np.median(times[rows])) - 1) for rows in groups.values()
     )
     return error / len(batches)
+
+
+def _common_doubt(relative: FloatArray, times: FloatArray) -> float:
+    """Relative standard error of all steps together, from blocks of `BLOCK_S` seconds; 0 for less than three.
+
+    The bootstrap's blocks are shorter than what disturbs a shared host.
+    """
+    _, block = np.unique((np.cumsum(times) / BLOCK_S).astype(int), return_inverse=True)
+    seconds = np.bincount(block, times)
+    if len(seconds) < 3:
+        return 0.0
+    means = np.bincount(block, relative * times) / seconds
+    return float(np.std(means, ddof=1) / np.sqrt(len(means)))
 
 
 def _robust_std(relative: FloatArray) -> float:

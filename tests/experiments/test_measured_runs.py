@@ -17,9 +17,10 @@ CPU = ROOT / "experiments" / "measured" / "cpu"
 MEASURED = CPU / "live_cpu"
 WAITS = CPU / "live_cpu_waits"  # of the recorder that counts what steps wait for their core
 RESTLESS = CPU / "live_cpu_restless"  # beside busy tenants; its probe does a product of matrices
-ALL = [MEASURED, WAITS, RESTLESS]
+MEANS = CPU / "live_cpu_means"  # fitted to the means of steps
+ALL = [MEASURED, WAITS, RESTLESS, MEANS]
 RUNS = pytest.mark.parametrize("measured", ALL, ids=lambda folder: folder.name)
-QUIET = pytest.mark.parametrize("measured", [MEASURED, WAITS], ids=lambda folder: folder.name)
+QUIET = pytest.mark.parametrize("measured", [MEASURED, WAITS, MEANS], ids=lambda folder: folder.name)
 LOADS = (1, 2, 4, 8, 16)
 MOST_BYTES = 2 * 2**20
 

@@ -136,6 +136,18 @@ def test_two_tokens_may_take_a_kernel_of_their_own():
     for tokens, seconds in truth.items():
         batch = Batch(tokens, tokens, 100 * tokens, 100, (), tokens)
         assert time_of.step_s(batch) == pytest.approx(seconds, rel=0.01)
+    drawn = [
+        PreparedStepTime(
+            calibration, calibration.sample_theta(np.random.default_rng(seed)),
+            max_tokens=64, max_seqs=16, max_context=512, graphs=[], asynchronous=False,
+        )
+        for seed in range(300)
+    ]  # fmt: skip
+    for tokens in truth:
+        batch = Batch(tokens, tokens, 100 * tokens, 100, (), tokens)
+        mean_s = np.mean([one.step_s(batch) for one in drawn])
+        assert mean_s == pytest.approx(time_of.step_s(batch), rel=0.005), "no term stands for another"
+    assert any(term["kind"] == "tokens" for term in _fit(*_record(300, 0.03)).terms)
     on_graphs = _fit(*_record(300, 0.03), engine={**ENGINE, "cudagraph_sizes": [1, 2, 4, 8, 16]})
     assert not any(term["kind"] == "tokens" for term in on_graphs.terms), "graphs pad two tokens anyway"
 

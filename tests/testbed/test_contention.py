@@ -170,7 +170,8 @@ def test_what_the_host_did_in_a_round_is_not_the_neighbour() -> None:
 def test_too_few_steps_tell_no_contention() -> None:
     few = StepLog(META, [step(0, 0.0, 0.1)], {})
     other = StepLog(META, [step(0, 0.0, 0.1)], {})
-    assert fit_contention("a", {"a": [few], "b": [other]}, Affine()) == Contention(slowdowns={"b": 0.0})
+    none = Contention(slowdowns={"b": 0.0}, hand_out_tokens=HAND_OUT_TOKENS)
+    assert fit_contention("a", {"a": [few], "b": [other]}, Affine()) == none
 
 
 def scheduled(own: int, neighbour: int, seconds: float = 60.0) -> dict[str, list[StepLog]]:
