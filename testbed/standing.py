@@ -44,10 +44,10 @@ CHECK = ProfilePlan(
     decode_contexts=[64],
     decode_tokens=24,
     mixed_users=[],
-    rounds=4,
-    seconds=30.0,
+    rounds=2,
+    seconds=15.0,
 )
-"""Some eight seconds on one CPU core; blocks of four scatter by 5 % beyond the probe (`sensitivity`)."""
+"""Some four seconds on one CPU core."""
 TRIMMED = 0.05  # of the ratios at either end: stalls
 CHECK_SEED = 500_000  # prompts of a check are nobody else's
 FLUSH_S = 1.0  # the recorder writes twice a second

@@ -154,7 +154,7 @@ def test_the_check_is_a_plan_like_any_other_and_short() -> None:
     names = [phase.name for phase in phases(CHECK, 4)]
     assert names[0] == "warmup" and len(names) == 1 + CHECK.rounds * 3
     tokens = sum(output for phase in phases(CHECK, 4) for _, output in getattr(phase, "jobs", ()))
-    assert tokens < 600
+    assert tokens < 300
 
 
 def calibration(probe_s: float | None) -> Calibration:
