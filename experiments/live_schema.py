@@ -42,7 +42,8 @@ class LiveConfig:
     """A live job.
 
     users: the loads. seconds: length of a run, warmup_s of them are not counted. repeats: runs per
-    load, each with its own requests; they are judged together. replications: simulations per load.
+    load, each with its own requests; they are judged together. replications: simulations per load, one of the
+    means and pairs of a draw and its reflection: an odd number.
     name: the study's name. folder: where calibrations and runs are written and read. measure false:
     nothing is started, the runs that lie in `folder` are simulated again. install: copy a profile's
     calibrations to conf/calibration, where `calibration=auto` finds them.
@@ -53,7 +54,7 @@ class LiveConfig:
     seconds: float = 26.0
     warmup_s: float = 5.0
     repeats: int = 3
-    replications: int = 8
+    replications: int = 9
     folder: Optional[str] = None
     install: bool = False
     measure: bool = True

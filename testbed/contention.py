@@ -111,11 +111,18 @@ class Contention:
     token_wait_s: float = 0.0
     hand_out_tokens: float = 0.0
 
-    def drawn(self, rng: np.random.Generator) -> Contention:
-        """One of the refits in place of the fit; the fit itself when there are none."""
+    def drawn(self, rng: np.random.Generator, mirrored: bool = False) -> Contention:
+        """One of the refits in place of the fit; the fit itself when there are none.
+
+        mirrored: the refit's reflection at the fit, none of it below 0.
+        """
         if not self.refits:
             return self
-        base, *slowdowns, token_wait_s = self.refits[int(rng.integers(len(self.refits)))]
+        refit = np.array(self.refits[int(rng.integers(len(self.refits)))])
+        if mirrored:
+            fit = np.array([self.base, *self.slowdowns.values(), self.token_wait_s])
+            refit = np.maximum(2.0 * fit - refit, 0.0)
+        base, *slowdowns, token_wait_s = refit.tolist()
         named = dict(zip(self.slowdowns, slowdowns, strict=True))
         return replace(self, base=base, token_wait_s=token_wait_s, slowdowns=named)
 

@@ -1,15 +1,19 @@
 """How much latency the gateway adds: the same requests to a stub upstream, directly and through it.
 
-``python -m testbed.gateway_bench [--rate 200] [--seconds 15] [--core 0]``. Gateway, stub and client
-are processes of their own; where there are several cores, one is the gateway's alone. Open-loop
-arrivals at a fixed rate, each answer a stream of a few events; the policy is a warm tf-idf router over
-the built-in prompts. The last line printed is JSON with the added TTFT and E2E latency in milliseconds.
+``python -m testbed.gateway_bench [--rate 200] [--seconds 15] [--rounds 15] [--core 0]``. Gateway, stub
+and client are processes of their own; where there are several cores, one is the gateway's alone. Open-loop
+arrivals at a fixed rate, each answer a stream of a few events; the policy is a warm tf-idf router over the
+built-in prompts. Both ways take turns, and what is added is the median over the rounds: a host that stands
+still for 20 ms once in some seconds is not the gateway's doing, and would be its p99. The last line printed
+is JSON with the added TTFT and E2E latency in milliseconds, `pooled` over all requests as well, and what
+share of the time that was wanted the machine was without its cores meanwhile (`stolen_share`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +40,12 @@ from testbed.arguments import positive, whole
 from testbed.expert_server import ROOT, free_port
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
+from testbed.stolen_time import StolenShare
 
 EVENTS = 8
+WARM_REQUESTS = 20
+
+FloatArray = npt.NDArray[np.float64]
 
 
 def fitted_policy(prompts: Sequence[Prompt], experts: Sequence[str], path: Path) -> None:
@@ -62,17 +70,37 @@ async def _one(session: aiohttp.ClientSession, url: str, text: str, tag: str) ->
     return (first or done) - sent, done - sent
 
 
-async def drive(url: str, texts: Sequence[str], rate: float, seconds: float, tag: str) -> npt.NDArray[Any]:
-    """Requests at a fixed rate; shape (n, 2): TTFT and E2E in seconds."""
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        for index in range(20):
-            await _one(session, url, texts[index % len(texts)], f"{tag}-warm-{index}")
-        begin, tasks = time.monotonic(), []
-        for index in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, begin + index / rate - time.monotonic()))
-            tasks.append(asyncio.create_task(_one(session, url, texts[index % len(texts)], f"{tag}-{index}")))
-        return np.array(await asyncio.gather(*tasks))
+async def _send(
+    session: aiohttp.ClientSession, url: str, texts: Sequence[str], rate: float, tag: str
+) -> FloatArray:
+    begin, tasks = time.monotonic(), []
+    for index, text in enumerate(texts):
+        await asyncio.sleep(max(0.0, begin + index / rate - time.monotonic()))
+        tasks.append(asyncio.create_task(_one(session, url, text, f"{tag}-{index}")))
+    return np.array(await asyncio.gather(*tasks))
+
+
+async def drive(
+    urls: Mapping[str, str], texts: Sequence[str], rate: float, count: int, rounds: int
+) -> dict[str, FloatArray]:
+    """Requests at a fixed rate to each of `urls` in turn, the order turned round every time.
+
+    By name, shape (rounds, count, 2): TTFT and E2E in seconds. Each has connections of its own, warm ones.
+    """
+    taken: dict[str, list[FloatArray]] = {name: [] for name in urls}
+    async with contextlib.AsyncExitStack() as stack:
+        sessions = {}
+        for name, url in urls.items():
+            session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            sessions[name] = await stack.enter_async_context(session)
+            for index in range(WARM_REQUESTS):
+                await _one(session, url, texts[index % len(texts)], f"{name}-warm-{index}")
+        for number in range(rounds):
+            asked = [texts[index % len(texts)] for index in range(number * count, (number + 1) * count)]
+            for name in list(urls)[:: 1 if number % 2 == 0 else -1]:
+                sent = _send(sessions[name], urls[name], asked, rate, f"{name}-{number}")
+                taken[name].append(await sent)
+    return {name: np.array(each) for name, each in taken.items()}
 
 
 def _wait(url: str) -> None:
@@ -99,8 +127,8 @@ def _inside(path: Path) -> dict[str, float]:
     }
 
 
-def bench(rate: float, seconds: float, core: int | None) -> dict[str, Any]:
-    """Run both ways and compare."""
+def bench(rate: float, seconds: float, rounds: int, core: int | None) -> dict[str, Any]:
+    """Run both ways, `seconds` each in `rounds` rounds, and compare."""
     others = os.sched_getaffinity(0) - {core}
     if core is not None and others:
         os.sched_setaffinity(0, others)  # this process and the stub: one core is the gateway's own
@@ -120,9 +148,12 @@ def bench(rate: float, seconds: float, core: int | None) -> dict[str, Any]:
                 port=free_port(),
                 access_log=str(folder / "access.jsonl"),
             )
-            direct = asyncio.run(drive(upstream, texts, rate, seconds, "direct"))
             with GatewayProcess(settings, folder, [core] if core is not None else None) as gateway:
-                through = asyncio.run(drive(gateway.url, texts, rate, seconds, "through"))
+                urls = {"direct": upstream, "through": gateway.url}
+                stolen = StolenShare()
+                stolen(time.monotonic())
+                taken = asyncio.run(drive(urls, texts, rate, round(rate * seconds / rounds), rounds))
+                stolen_share = stolen(time.monotonic())
             inside = _inside(folder / "access.jsonl")
         finally:
             stub.terminate()
@@ -130,21 +161,30 @@ def bench(rate: float, seconds: float, core: int | None) -> dict[str, Any]:
     return {
         "command": "gateway_bench",
         "rate_rps": rate,
-        "requests": len(through),
-        **_added(direct, through),
+        "requests": taken["through"].shape[0] * taken["through"].shape[1],
+        "rounds": rounds,
+        **_added(taken["direct"], taken["through"]),
         **inside,
+        "stolen_share": round(stolen_share, 4),
     }
 
 
-def _added(direct: npt.NDArray[Any], through: npt.NDArray[Any]) -> dict[str, float]:
-    """Difference of the two runs' quantiles, milliseconds."""
+def _added(direct: FloatArray, through: FloatArray) -> dict[str, float]:
+    """Differences of quantiles, milliseconds: median over the rounds, and of all requests together.
+
+    Both of shape (rounds, count, 2): TTFT and E2E in seconds.
+    """
     figures: dict[str, float] = {}
     for column, name in ((0, "ttft"), (1, "e2e")):
         for quantile, label in ((0.5, "median"), (0.99, "p99")):
-            straight = float(np.quantile(direct[:, column], quantile))
-            routed = float(np.quantile(through[:, column], quantile))
-            figures[f"added_{label}_{name}_ms"] = round(1e3 * (routed - straight), 3)
-            figures[f"direct_{label}_{name}_ms"] = round(1e3 * straight, 3)
+            straight = 1e3 * np.quantile(direct[:, :, column], quantile, axis=1)
+            routed = 1e3 * np.quantile(through[:, :, column], quantile, axis=1)
+            pooled = np.quantile(through[:, :, column], quantile) - np.quantile(
+                direct[:, :, column], quantile
+            )
+            figures[f"added_{label}_{name}_ms"] = round(float(np.median(routed - straight)), 3)
+            figures[f"direct_{label}_{name}_ms"] = round(float(np.median(straight)), 3)
+            figures[f"pooled_added_{label}_{name}_ms"] = round(1e3 * float(pooled), 3)
     return figures
 
 
@@ -154,16 +194,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rate", type=positive, default=200.0, help="requests per second")
     parser.add_argument("--seconds", type=positive, default=15.0, help="how long requests are sent, each way")
+    parser.add_argument("--rounds", type=whole(1), default=15, help="in how many turns they are sent")
     parser.add_argument("--core", type=whole(0), default=cores[0] if len(cores) > 1 else None,
                         help="CPU core of the gateway alone; others take the rest")  # fmt: skip
     arguments = parser.parse_args()
     if arguments.core is not None and arguments.core not in cores:
         parser.error(f"argument --core: must be one of {', '.join(map(str, cores))}, got {arguments.core}")
-    if arguments.rate * arguments.seconds < 1:
-        asked = f"{arguments.rate:g} * {arguments.seconds:g}"
-        parser.error(f"arguments --rate and --seconds: must make one request or more, got {asked}")
+    if round(arguments.rate * arguments.seconds / arguments.rounds) < 1:
+        asked = f"{arguments.rate:g} * {arguments.seconds:g} / {arguments.rounds}"
+        parser.error(f"arguments --rate, --seconds and --rounds: must make one request a round, got {asked}")
     try:
-        print(json.dumps(bench(arguments.rate, arguments.seconds, arguments.core)))
+        figures = bench(arguments.rate, arguments.seconds, arguments.rounds, arguments.core)
+        print(json.dumps(figures))
     except (ErsimError, aiohttp.ClientError) as error:
         print(f"gateway_bench: {error}", file=sys.stderr)
         return 1

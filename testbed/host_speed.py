@@ -46,15 +46,18 @@ class SpeedTrace:
         """The same with the slowness and stretch of a run's steps, shapes (steps,); end_s: on its clock."""
         return replace(self, bins=_binned(end_s, slow), stretches=_binned(end_s, stretch))
 
-    def drawn(self, start: np.random.Generator, run: np.random.Generator) -> SpeedTrace:
+    def drawn(
+        self, start: np.random.Generator, run: np.random.Generator, mirrored: bool = False
+    ) -> SpeedTrace:
         """As fast as it may have been: doubt of start and exponents is all runs' alike, the wander is not.
 
         The steps of the checks keep their lengths when exponents move; those that feel more or less do not.
+        mirrored: the draw's reflection at the mean.
         """
-        felt = self.sensitivity.drawn(start)
+        felt = self.sensitivity.drawn(start, mirrored)
         factor = self.factor ** (self.sensitivity.exponent(self.share) / felt.exponent(self.share))
         off = self.doubt * start.standard_normal() + self.wander * run.standard_normal()
-        return replace(self, factor=factor * float(np.exp(off)), sensitivity=felt)
+        return replace(self, factor=factor * float(np.exp(-off if mirrored else off)), sensitivity=felt)
 
     def at(self, now_s: float) -> float:
         """Slowness of the host at a moment of the run; the last bin goes on for ever."""

@@ -75,13 +75,13 @@ class Sensitivity:
             return False
         return not covariance.size or bool(np.linalg.eigvalsh(covariance).min() >= -1e-9)
 
-    def drawn(self, rng: np.random.Generator) -> Sensitivity:
-        """Exponents as they may be just as well; not below 0."""
+    def drawn(self, rng: np.random.Generator, mirrored: bool = False) -> Sensitivity:
+        """Exponents as they may be just as well; not below 0. mirrored: the draw's reflection at the mean."""
         if not len(self.covariance):
             return self
-        plain, reads = rng.multivariate_normal((self.plain, self.reads), np.array(self.covariance))
-        drawn = max(0.0, float(plain))
-        return Sensitivity(drawn, max(-drawn, float(reads)))
+        off = rng.multivariate_normal((0.0, 0.0), np.array(self.covariance)) * (-1.0 if mirrored else 1.0)
+        drawn = max(0.0, self.plain + float(off[0]))
+        return Sensitivity(drawn, max(-drawn, self.reads + float(off[1])))
 
     def slowed(self, slowness: float, share: float) -> float:
         """Factor on a step at a slowness of the host."""

@@ -30,9 +30,9 @@ class StepScatter:
     decode: Sequence[float] = ()
     prefill: Sequence[float] = ()
 
-    def player(self, rng: np.random.Generator) -> ScatterPlayer:
-        """The factors from a random place on, round and round."""
-        return ScatterPlayer(_from_somewhere(self.decode, rng), _from_somewhere(self.prefill, rng))
+    def player(self, rng: np.random.Generator, half_on: bool = False) -> ScatterPlayer:
+        """The factors from a random place on, round and round; half_on: from half a recording after it."""
+        return ScatterPlayer(*(_from_somewhere(each, rng, half_on) for each in (self.decode, self.prefill)))
 
 
 class ScatterPlayer:
@@ -73,11 +73,11 @@ def _factors(measured_s: FloatArray, modelled_s: FloatArray, fitted: npt.NDArray
     return factors
 
 
-def _from_somewhere(factors: Sequence[float], rng: np.random.Generator) -> Iterator[float]:
+def _from_somewhere(factors: Sequence[float], rng: np.random.Generator, half_on: bool) -> Iterator[float]:
     if not factors:
         while True:
             yield 1.0
-    at = int(rng.integers(len(factors)))
+    at = (int(rng.integers(len(factors))) + half_on * (len(factors) // 2)) % len(factors)
     while True:
         yield factors[at]
         at = (at + 1) % len(factors)

@@ -24,6 +24,7 @@ from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import nnls
 
 from ersim.errors import DataError, unknown_choice
 from ersim.steptime.specs import CONF_DIR
@@ -34,6 +35,7 @@ VERSION = 1
 SOURCES = ("steps", "profile", "tables", "transfer", "roofline")  # in the order "auto" prefers them
 UNCALIBRATED = ("transfer", "roofline")
 LINEAR_MAPS = ("weights", "arithmetic", "linear maps", "all-reduce")  # what a derived precision changes
+TINY_SHARE = 1e-6
 CALIBRATION_DIR = CONF_DIR / "calibration"
 RANGE_KEYS = ("tokens", "decode_seqs", "context_tokens", "prefill_chunk_tokens", "prefill_context_tokens")
 
@@ -87,8 +89,10 @@ class Calibration:
         return hashlib.sha256(dumps(self).encode()).hexdigest()
 
     def sample_theta(self, rng: np.random.Generator | None, mirrored: bool = False) -> FloatArray:
-        """One draw of the coefficients (none below zero), or their mean when `rng` is None.
+        """One draw of the coefficients, shape (terms,), or their mean when `rng` is None.
 
+        None is below zero: a draw that is stands for the nearest one that is not, in the metric of the
+        covariance (`_admissible`).
         mirrored: the draw's reflection at the mean; a draw and its reflection average out first order.
         Two calibrations that draw from equal generators share the doubts they have in common: equal
         terms get equal normal numbers (`_doubts`), and the symmetric root of the correlation spreads
@@ -105,9 +109,8 @@ class Calibration:
         root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
         seed = int(rng.integers(2**63))
         streams = [np.random.default_rng([seed, crc32(name.encode())]) for name in self._doubts()]
-        step: FloatArray = spread * (root @ np.asarray([stream.standard_normal() for stream in streams]))
-        drawn: FloatArray = np.maximum(mean - step if mirrored else mean + step, 0.0)
-        return drawn
+        normal = np.asarray([stream.standard_normal() for stream in streams])
+        return _admissible(mean, spread, root, -normal if mirrored else normal)
 
     def _doubts(self) -> list[str]:
         """A name for what makes each term doubtful, equal in calibrations that share that doubt.
@@ -132,6 +135,30 @@ class Calibration:
             seen[name] = seen.get(name, 0) + 1
             names.append(f"{name} {seen[name]}")
         return names
+
+
+def _admissible(mean: FloatArray, spread: FloatArray, root: FloatArray, normal: FloatArray) -> FloatArray:
+    """The draw ``mean + spread * root @ normal``, or the nearest one without a coefficient below zero.
+
+    All of shape (terms,); root: symmetric root of the correlation, shape (terms, terms). Nearest is that
+    of the least ``|normal' - normal|``, so what the data told well stays: to cut a coefficient at zero would
+    leave beside it another that is too large because this one was too small, and steps too long in the mean
+    (0.3 to 1 % in profiles of small experts). With l >= 0 the push off each bound, the draw is
+    ``drawn + C l`` where ``l * draw = 0``: a least-squares problem in l (Lawson and Hanson 1974, chapter 23).
+    """
+    drawn = mean + spread * (root @ normal)
+    if (drawn >= 0.0).all():
+        return drawn
+    free = spread > 0.0
+    start = mean[free] / spread[free]
+    floor = TINY_SHARE * np.eye(free.sum())  # a doubt wholly shared has a singular correlation
+    known = root[np.ix_(free, free)] + floor
+    target = normal[free] + np.linalg.solve(known, start)
+    push, _ = nnls(known, -target)
+    moved = np.zeros_like(mean)
+    moved[free] = np.where(push > 0.0, 0.0, spread[free] * (known @ (known @ push + target)))
+    moved[~free] = mean[~free]
+    return np.maximum(moved, 0.0)
 
 
 def dumps(calibration: Calibration) -> str:

@@ -74,7 +74,7 @@ def batch_features(batches: Sequence[Batch], graphs: Sequence[int] = ()) -> dict
 
 
 def _segments(values: FloatArray, knots: Sequence[int]) -> list[tuple[float, float | None]]:
-    """Segments between knots that hold enough of the data to be told apart (at least 5 % of it each)."""
+    """Segments between knots that hold enough of the data to be told apart (at least 3 % of it each)."""
     need, edges = _need(values), [0.0]
     for knot in knots[1:]:
         inside = np.sum((values > edges[-1]) & (values <= knot))
@@ -85,7 +85,7 @@ def _segments(values: FloatArray, knots: Sequence[int]) -> list[tuple[float, flo
 
 def _need(values: FloatArray) -> int:
     """How many steps it takes to tell a term apart."""
-    return max(5, int(0.05 * len(values)))
+    return max(5, int(0.03 * len(values)))
 
 
 def live_terms(features: Mapping[str, FloatArray], padded: bool) -> list[dict[str, Any]]:

@@ -292,6 +292,23 @@ def test_a_draw_is_one_of_the_refits() -> None:
     assert len(drawn) > 5 and found.drawn(rng).scatter is found.scatter
 
 
+def test_a_refit_and_its_reflection_are_as_far_from_the_fit_but_not_below_nothing() -> None:
+    fit = Contention(slowdowns={"b": 0.3}, token_wait_s=1e-4, refits=[[1.02, 0.2, 3e-4]])
+    one, other = (fit.drawn(np.random.default_rng(0), mirrored) for mirrored in (False, True))
+    assert (one.base, one.slowdowns, one.token_wait_s) == (1.02, {"b": 0.2}, 3e-4)
+    assert (other.base, other.slowdowns["b"]) == pytest.approx((0.98, 0.4))
+    assert other.token_wait_s == 0.0
+
+
+def test_the_reflected_scatter_is_the_other_half_of_the_recording() -> None:
+    factors = [1.0 + 0.01 * number for number in range(20)]
+    one, other = (
+        StepScatter(decode=factors).player(np.random.default_rng(0), half_on).decode_factors(10)
+        for half_on in (False, True)
+    )
+    assert sorted([*one, *other]) == factors
+
+
 def _one(logs: tuple[StepLog, StepLog]) -> tuple[str, dict[str, list[StepLog]], Affine]:
     return "a", {"a": [logs[0]], "b": [logs[1]]}, Affine()
 

@@ -115,6 +115,24 @@ def test_exponents_are_drawn_once_a_replication(config: SimulationConfig, shared
     assert slowed(config, shared, trace, 2, 1)[0] == pytest.approx(draws[1])
 
 
+def test_a_draw_and_its_reflection_average_out(config: SimulationConfig, shared: Preparations) -> None:
+    mean = seconds(config, shared, 0)
+    for first in (1, 3, 5):
+        one, other = (seconds(config, shared, number) for number in (first, first + 1))
+        off = np.abs(np.array(one) / mean - 1.0)
+        assert (off > 1e-3).all(), "coefficients are drawn"
+        left = np.abs(np.mean([one, other], axis=0) / mean - 1.0)
+        assert (left < 0.1 * off).all(), "but for what the slower of GPU and host decides"
+    doubtful = dataclasses.replace(FELT, covariance=[[0.002, 0.0], [0.0, 0.002]])
+    trace = SpeedTrace((1.3,), 1.1, doubt=0.03, wander=0.03, sensitivity=doubtful)
+    exact = slowed(config, shared, trace, 0)
+    drawn = [slowed(config, shared, trace, number) for number in (1, 2)]
+    off = np.abs(np.log(drawn[0]) - np.log(exact))
+    assert (off > 0.01).all()
+    left = np.abs(np.mean(np.log(drawn), axis=0) - np.log(exact))
+    assert (left < 0.2 * off).all(), "start and exponents multiply"
+
+
 def test_what_a_neighbour_costs_is_one_of_the_refits(config: SimulationConfig, shared: Preparations) -> None:
     known = fleet_of(refits=[[1.0, 0.1, 0.0], [1.0, 0.5, 0.0]])
 

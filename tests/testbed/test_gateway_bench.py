@@ -1,0 +1,39 @@
+"""The gateway's benchmark: what it adds, apart from what the host does meanwhile."""
+
+import numpy as np
+import pytest
+
+from testbed.gateway_bench import _added, bench
+
+
+def test_a_host_that_stands_still_in_a_round_is_not_what_the_gateway_adds() -> None:
+    rng = np.random.default_rng(0)
+    direct = rng.uniform(0.001, 0.002, (15, 200, 2))
+    through = direct + 0.0013
+    through[4, 50:90] += 0.5  # one stall of the host, met by the requests of one round
+
+    figures = _added(direct, through)
+
+    for name in ("ttft", "e2e"):
+        assert figures[f"added_median_{name}_ms"] == pytest.approx(1.3)
+        assert figures[f"added_p99_{name}_ms"] == pytest.approx(1.3)
+        assert figures[f"pooled_added_p99_{name}_ms"] > 400  # nothing is hidden
+        assert figures[f"direct_median_{name}_ms"] == pytest.approx(1.5, rel=0.02)
+
+
+def test_a_gateway_that_is_slow_in_most_rounds_shows() -> None:
+    direct = np.full((15, 200, 2), 0.001)
+    through = direct + 0.0013
+    through[::2, :4] += 0.02  # 2 % of the requests in eight of fifteen rounds
+
+    assert _added(direct, through)["added_p99_ttft_ms"] == pytest.approx(21.3, rel=0.01)
+
+
+def test_both_ways_are_driven_in_turn() -> None:
+    figures = bench(rate=40.0, seconds=1.0, rounds=2, core=None)
+
+    assert (figures["requests"], figures["rounds"], figures["rate_rps"]) == (40, 2, 40.0)
+    assert figures["direct_median_ttft_ms"] > 0.0 and figures["routing_median_ms"] > 0.0
+    # by its own clock the gateway is a part of what was added, and both are milliseconds
+    assert 0.0 < figures["gateway_median_ms"] < 1000.0 > figures["direct_median_e2e_ms"]
+    assert 0.0 <= figures["stolen_share"] <= 0.9
