@@ -12,10 +12,13 @@ Lines, by their first element:
   "s"  [n, s0, s1, u0, u1, running, waiting, blocks used, decode rows, their computed tokens summed,
         the largest of these, other rows, preempted indices, prefix hits, tokens out, record cost,
         CPU seconds of the engine's thread so far, those of the speed probe or null, stolen share or null,
-        CPU seconds of that thread at s0, seconds that it waited for its core so far or null, those at s0]
+        CPU seconds of that thread at s0, seconds that it waited for its core so far or null, those at s0,
+        decode rows that the call before had not, those that it had and this one has not]
 s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are
-[index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]; decode rows (one
-token, prompt computed) are folded, so that a line does not grow with the batch. Prefix hits are
+[index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]. Of decode rows (one
+token, prompt computed) only those are listed, by index, that join or leave, so that a line does not grow with the
+batch: every row of every step is known, and what it has computed is what it had in the step before and one.
+Prefix hits are
 [index, cached tokens] of newly admitted requests. Requests are indexed in order of arrival.
 Written for vLLM 0.32.0; the hooks exist unchanged in 0.26.0. Settings that a release does not have are
 written as it behaves without them (see `BEFORE`).
@@ -168,7 +171,7 @@ def _meta(scheduler: Any) -> dict[str, Any]:
     model = scheduler.vllm_config.model_config
     later = {name: getattr(settings, name, before) for name, before in BEFORE.items()}
     return {
-        "format": 3,
+        "format": 4,
         "vllm_version": vllm.__version__,
         "scheduler": type(scheduler).__name__,
         "monotonic_s": time.monotonic(),
@@ -201,6 +204,8 @@ class RecordingMixin:
         self._index: dict[str, int] = {}
         self._in_flight: deque[list[Any]] = deque()
         self._starts: deque[tuple[float, float | None]] = deque()  # of each step, as the thread counts
+        self._decoding: set[int] = set()
+        self._changes: deque[tuple[list[int], list[int]]] = deque()  # of the decode rows, by step
         meta = _meta(self)
         work = meta["speed_probe"]
         self._probe = None if work is None else SpeedProbe(work)
@@ -238,12 +243,12 @@ class RecordingMixin:
 
     def _describe(self, output: Any, s0: float, s1: float) -> list[Any]:
         index, requests = self._index, self.requests  # type: ignore[attr-defined]
-        decode, context, context_max, others = 0, 0, 0, []
+        decoding, context, context_max, others = set(), 0, 0, []
         for request_id, tokens in output.num_scheduled_tokens.items():
             request = requests[request_id]
             computed = request.num_computed_tokens - tokens  # schedule() has advanced it already
             if tokens == 1 and computed >= request.num_prompt_tokens:
-                decode += 1
+                decoding.add(index[request_id])
                 context += computed
                 if computed > context_max:
                     context_max = computed
@@ -251,13 +256,15 @@ class RecordingMixin:
                 others.append(
                     (index[request_id], tokens, computed, request.num_tokens, request.num_prompt_tokens)
                 )
+        self._changes.append((sorted(decoding - self._decoding), sorted(self._decoding - decoding)))
+        self._decoding = decoding
         pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         waiting = len(self.waiting) + len(getattr(self, "kv_holding_waiting", ()))  # type: ignore[attr-defined]
         hits = [(index[new.req_id], new.num_computed_tokens) for new in output.scheduled_new_reqs]
         preempted = [index[request_id] for request_id in sorted(output.preempted_req_ids or ())]
         return ["s", self._steps, s0, s1, 0.0, 0.0, len(self.running), waiting, used,  # type: ignore[attr-defined]
-                decode, context, context_max, others, preempted, hits, 0]  # fmt: skip
+                len(decoding), context, context_max, others, preempted, hits, 0]  # fmt: skip
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         u0 = time.monotonic()
@@ -275,6 +282,7 @@ class RecordingMixin:
             cpu_start,
             waited,
             waited_start,
+            *self._changes.popleft(),
         )
         record[16] += time.monotonic() - u1
         self._log.put(tuple(record))

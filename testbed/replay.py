@@ -5,8 +5,8 @@ engine decides what runs. A wrong scheduler shows here, whatever the clock; wher
 prediction is off, the clock (the step-time model) is to blame.
 
 A step is identical when all is that the recorder writes of it: every row that is no plain decode row, by
-request; number, contexts and largest context of those that are (the recorder folds them); the requests
-that run and wait after `schedule`, KV blocks in use, who was preempted, the prefix hits of new requests,
+request; of those that are, which requests they are (where the log says so), number, contexts and largest context; the
+requests that run and wait after `schedule`, KV blocks in use, who was preempted, the prefix hits of new requests,
 and how many tokens came out at its end.
 """
 
@@ -90,7 +90,8 @@ Facts = Mapping[str, Any]
 
 def _recorded(step: LoggedStep) -> Facts:
     """What the recorder wrote of a step's `schedule`."""
-    return {
+    known = {} if step.decoding is None else {"decoding": [*step.decoding]}
+    return known | {
         "other rows": sorted(dataclasses.astuple(row) for row in step.rows),
         "decode rows": step.decode_seqs,
         "decode context": step.decode_context_tokens,
@@ -105,11 +106,12 @@ def _recorded(step: LoggedStep) -> Facts:
 
 def _replayed(engine: Engine, step: Step) -> Facts:
     """The same of the engine's; ask right after `schedule` returned it."""
-    others, contexts = [], []
+    others, contexts, decoding = [], [], []
     for request, tokens in engine.scheduled_rows(step):
         computed = request.computed_tokens - tokens
         if tokens == 1 and computed >= request.prompt_tokens:
             contexts.append(computed)
+            decoding.append(request.request_id)
         else:
             known = request.prompt_tokens + request.generated_tokens
             others.append((request.request_id, tokens, computed, known, request.prompt_tokens))
@@ -117,6 +119,7 @@ def _replayed(engine: Engine, step: Step) -> Facts:
     if len(contexts) != step.decode_seqs:  # resumed with all but one token cached: a prefill to the engine
         context, largest = sum(contexts), max(contexts, default=0)
     return {
+        "decoding": sorted(decoding),
         "other rows": sorted(others),
         "decode rows": len(contexts),
         "decode context": context,

@@ -38,8 +38,9 @@ from testbed.log_lines import (
     read_lines,
 )
 
-FORMATS = (1, 2, 3)
-"""1 said nothing of stolen time and of CPU seconds at a step's start, 2 nothing of waiting for a core."""
+FORMATS = (1, 2, 3, 4)
+"""1 said nothing of stolen time and of CPU seconds at a step's start, 2 nothing of waiting for a core, 3 not
+which requests decode."""
 REMEDY = "record it again"
 _HEXADECIMAL = re.compile("[0-9a-f]+")
 
@@ -62,7 +63,8 @@ class LoggedStep:
     cpu_s, cpu_start_s: CPU seconds of the engine's thread until this step's end and its schedule_s; probe_s:
     what the speed probe took then (see `recording_scheduler.SpeedProbe`); stolen_share: of the last second
     (see `stolen_time`); waited_s, waited_start_s: seconds that the thread waited for its core (`core_wait`),
-    as the CPU seconds are. None where they were not recorded.
+    as the CPU seconds are; decoding: the requests of the decode rows, in order of their indices. None where they
+    were not recorded.
     """
 
     number: int
@@ -87,6 +89,7 @@ class LoggedStep:
     cpu_start_s: float | None = None
     waited_s: float | None = None
     waited_start_s: float | None = None
+    decoding: tuple[int, ...] | None = None
 
     def batch(self) -> Batch:
         """The step as the step-time models see it."""
@@ -217,13 +220,14 @@ _STEP = (
     ("tokens out", COUNT), ("record cost", NUMBER),
     ("CPU seconds", maybe(NUMBER)), ("probe", maybe(_DURATION)), ("stolen share", maybe(_SHARE)),
     ("CPU seconds at s0", maybe(NUMBER)), ("seconds waited", maybe(NUMBER)),
-    ("seconds waited at s0", maybe(NUMBER)),
+    ("seconds waited at s0", maybe(NUMBER)), ("decode rows that join", COUNTS), ("that leave", COUNTS),
 )  # fmt: skip
+_JOIN, _LEAVE = 23, 24  # places of the last two in a line
 _FIELDS: Mapping[str, tuple[Sequence[tuple[str, Kind]], int]] = {
     "m": ((("constants", Kind("an object", lambda value: type(value) is dict)),), 1),
     "a": (_ADDED, len(_ADDED)),
     "f": (_FINISHED, len(_FINISHED)),
-    "s": (_STEP, len(_STEP) - 6),
+    "s": (_STEP, len(_STEP) - 8),
 }
 """By a line's first element: its others, and how many of them format 1 has already."""
 
@@ -270,15 +274,30 @@ def _check_meta(line: Line, meta: Mapping[str, Any]) -> None:
         line.check(name, kind, meta[name])
 
 
-def _step(record: Sequence[Any]) -> LoggedStep:
+def _decoding_after(line: Line, record: Sequence[Any], before: frozenset[int]) -> frozenset[int]:
+    """The requests of a step's decode rows, from those of the call before it.
+
+    Raises DataError where who joins and who leaves is not both there, or does not agree with the line's count.
+    """
+    if len(record) <= _LEAVE:
+        raise line.bad("says who joins the decode rows, and not who leaves them")
+    joining, leaving = frozenset(record[_JOIN]), frozenset(record[_LEAVE])
+    after = before - leaving | joining
+    if joining & before or leaving - before or len(after) != record[9]:
+        raise line.bad(f"says {record[9]} decode rows, and who joins and leaves makes {len(after)}")
+    return after
+
+
+def _step(record: Sequence[Any], decoding: frozenset[int]) -> LoggedStep:
     values: list[Any] = [
         *record[1:12],
         tuple(StepRow(*row) for row in record[12]),
         tuple(record[13]),
         tuple((index, tokens) for index, tokens in record[14]),
-        *record[15:23],
+        *record[15:_JOIN],
     ]
-    return LoggedStep(*values)
+    known = {"decoding": tuple(sorted(decoding))} if len(record) > _JOIN else {}
+    return LoggedStep(*values, **known)
 
 
 def _finish(request: LoggedRequest, record: Sequence[Any]) -> LoggedRequest:
@@ -304,26 +323,25 @@ def read_step_log(path: Path) -> StepLog:
     steps: list[LoggedStep] = []
     emptied: list[LoggedStep] = []
     requests: dict[int, LoggedRequest] = {}
+    decoding: frozenset[int] = frozenset()
     for line, record in _parse_lines(path):
         kind = record[0]
-        if kind == "m":
+        if kind == "m":  # a server that was started again counts anew
             _check_meta(line, record[1])
-            meta, steps, emptied, requests = (
-                record[1],
-                [],
-                [],
-                {},
-            )  # a server that was started again counts anew
+            meta, steps, emptied, requests, decoding = record[1], [], [], {}, frozenset()
         elif kind == "a":
             requests[record[2]] = LoggedRequest(
                 record[2], record[3], record[1], record[4], record[5], record[6], tuple(record[7])
             )
         elif kind == "f" and record[2] in requests:
             requests[record[2]] = _finish(requests[record[2]], record)
-        elif kind == "s" and (record[9] or record[12]):
-            steps.append(_step(record))
-        elif kind == "s" and record[13]:
-            emptied.append(_step(record))
+        elif kind == "s":
+            if len(record) > _JOIN:
+                decoding = _decoding_after(line, record, decoding)
+            if record[9] or record[12]:
+                steps.append(_step(record, decoding))
+            elif record[13]:
+                emptied.append(_step(record, decoding))
     if meta is None:
         raise DataError(f"{path}: no line with the engine's constants; the file is cut or no step log")
     return StepLog(meta, steps, requests, emptied)

@@ -18,9 +18,10 @@ MEASURED = CPU / "live_cpu"
 WAITS = CPU / "live_cpu_waits"  # of the recorder that counts what steps wait for their core
 RESTLESS = CPU / "live_cpu_restless"  # beside busy tenants; its probe does a product of matrices
 MEANS = CPU / "live_cpu_means"  # fitted to the means of steps
-ALL = [MEASURED, WAITS, RESTLESS, MEANS]
+PAIRS = CPU / "live_cpu_pairs"  # profiled with batches of six rows too
+ALL = [MEASURED, WAITS, RESTLESS, MEANS, PAIRS]
 RUNS = pytest.mark.parametrize("measured", ALL, ids=lambda folder: folder.name)
-QUIET = pytest.mark.parametrize("measured", [MEASURED, WAITS, MEANS], ids=lambda folder: folder.name)
+QUIET = pytest.mark.parametrize("measured", [MEASURED, WAITS, MEANS, PAIRS], ids=lambda folder: folder.name)
 LOADS = (1, 2, 4, 8, 16)
 MOST_BYTES = 2 * 2**20
 

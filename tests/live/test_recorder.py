@@ -43,4 +43,5 @@ def test_recorded_schedulers_replay_step_by_step(tmp_path: Path, monkeypatch: py
         sum(len(step.preempted) for step in steps) > 1000 and sum(step.waiting > 0 for step in steps) > 10_000
     )
     assert sum(len(log.emptied) for log in logs) > 10, "calls that ran nothing, since they preempted who ran"
+    assert all(step.decoding is not None and len(step.decoding) == step.decode_seqs for step in steps)
     assert {log.meta["async_scheduling"] for log in logs} == {True, False}

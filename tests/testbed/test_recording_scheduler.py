@@ -179,7 +179,7 @@ def recorded_twice(recorder: Any, monkeypatch: pytest.MonkeyPatch, path: Path) -
     waited_s = itertools.count(3600.0, 3600.0)
     monkeypatch.setattr(recorder, "CoreWait", lambda: lambda: next(waited_s))
     work = WITH_PRODUCT if os.environ.get("ERSIM_SPEED_PROBE") == "1" else None
-    meta = dataclasses.asdict(EngineConfig()) | {"format": 3, "vllm_version": "0.32.0", "speed_probe": work}
+    meta = dataclasses.asdict(EngineConfig()) | {"format": 4, "vllm_version": "0.32.0", "speed_probe": work}
     monkeypatch.setattr(recorder, "_meta", lambda scheduler: meta)
     monkeypatch.setenv("ERSIM_STEP_LOG", str(path))
     scheduler = recorder.RecordingAsyncScheduler()
@@ -206,6 +206,11 @@ def test_each_step_has_its_own_threads_time_probe_and_stolen_share(
     assert [(step.probe_s, step.stolen_share) for step in steps] == [(0.25, 0.1235)] * 2
     assert all(step.schedule_s < step.scheduled_s < step.update_s < step.updated_s for step in steps)
     assert {(step.decode_seqs, step.decode_context_tokens, step.blocks_used) for step in steps} == {(1, 8, 1)}
+    assert [step.decoding for step in steps] == [(0,), (0,)]
+    lines = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert [line[-2:] for line in lines if line[0] == "s"] == [[[0], []], [[], []]], (
+        "who stays is not told again"
+    )
 
 
 def test_a_gpu_is_neither_probed_nor_stolen_from(

@@ -22,6 +22,7 @@ from testbed.replay import replay
 from testbed.step_log import LoggedStep, StepLog, StepRow, periods_s, read_step_log
 
 RECORDED = Path(__file__).parent / "data" / "recorded_steps.jsonl"
+META_LINE = RECORDED.read_text().splitlines()[0]
 
 
 def step(number: int, s0: float, u1: float, decode: int = 1, rows: tuple[StepRow, ...] = ()) -> LoggedStep:
@@ -79,6 +80,69 @@ def test_the_same_lengths_in_another_order_are_another_step() -> None:
     steps[number] = dataclasses.replace(one, rows=(dataclasses.replace(one.rows[0], request=other.index),))
     result = replay(StepLog(log.meta, steps, log.requests))
     assert result.identical == result.steps - 1
+
+
+def test_another_request_that_decodes_at_the_same_length_is_another_step() -> None:
+    log = read_step_log(RECORDED)
+    number, one = next((i, step) for i, step in enumerate(log.steps) if step.decode_seqs == 1)
+    assert one.decoding is None, "this log is of a recorder that did not say"
+    for decoding, same in (((0,), True), ((1,), False)):
+        steps = [*log.steps]
+        steps[number] = dataclasses.replace(one, decoding=decoding)
+        result = replay(StepLog(log.meta, steps, log.requests))
+        assert result.identical == result.steps - (not same)
+        difference = "decoding: recorded [1], replayed [0]"
+        assert same or (result.first_difference or "").endswith(difference)
+
+
+def decode_line(number: int, rows: int, *changes: list[int]) -> list[Any]:
+    begin = [
+        "s",
+        number,
+        number,
+        number,
+        number + 0.5,
+        number + 0.5,
+        rows,
+        0,
+        1,
+        rows,
+        8 * rows,
+        8 * (rows > 0),
+    ]
+    return [*begin, [], [], [], rows, 1e-5, None, None, None, None, None, None, *changes]
+
+
+def test_who_decodes_is_told_by_who_joins_and_leaves(tmp_path: Path) -> None:
+    """Of calls that ran nothing too, and anew for a server that was started again."""
+    path = tmp_path / "joins.jsonl"
+    calls = [
+        decode_line(0, 2, [3, 1], []), decode_line(1, 2, [], []), decode_line(2, 0, [], [1, 3]),
+        decode_line(3, 1, [3], []), json.loads(META_LINE), decode_line(0, 1, [7], []),
+        decode_line(1, 2, [8, 9], [7]),
+    ]  # fmt: skip
+    path.write_text("\n".join([META_LINE, *map(json.dumps, calls[:4])]) + "\n")
+    assert [one.decoding for one in read_step_log(path).steps] == [(1, 3), (1, 3), (3,)]
+    path.write_text("\n".join([META_LINE, *map(json.dumps, calls)]) + "\n")
+    assert [one.decoding for one in read_step_log(path).steps] == [(7,), (8, 9)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (([1], []), "says 2 decode rows, and who joins and leaves makes 1"),
+        (([1, 2], [3]), "says 2 decode rows, and who joins and leaves makes 2"),
+        (([1, 2],), "says who joins the decode rows, and not who leaves them"),
+        (([1, -2], []), "decode rows that join must be a list of integers >= 0, got"),
+    ],
+)
+def test_decode_rows_that_do_not_add_up_are_refused(
+    tmp_path: Path, changes: tuple[list[int], ...], message: str
+) -> None:
+    path = tmp_path / "joins.jsonl"
+    path.write_text(f"{META_LINE}\n{json.dumps(decode_line(0, 2, *changes))}\n")
+    with pytest.raises(DataError, match=rf"joins\.jsonl: line 2 .*{message}.*; record it again"):
+        read_step_log(path)
 
 
 def test_an_empty_log_is_no_agreement() -> None:
@@ -189,17 +253,14 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
         read_step_log(empty)
     old = tmp_path / "old.jsonl"
     old.write_text(json.dumps(["m", {"format": 99}]) + "\n")
-    with pytest.raises(DataError, match="format must be one of 1, 2, 3, got 99"):
+    with pytest.raises(DataError, match="format must be one of 1, 2, 3, 4, got 99"):
         read_step_log(old)
-
-
-META_LINE = RECORDED.read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'["s",1,2]', "must have 16 to 22 values after 's', got 2"),
+        (b'["s",1,2]', "must have 16 to 24 values after 's', got 2"),
         (b'["a",1]', "must have 7 values after 'a', got 1"),
         (
             b'["f",1,2,"FINISHED_STOPPED",3,0,"ab"]',
@@ -207,7 +268,7 @@ META_LINE = RECORDED.read_text().splitlines()[0]
         ),
         (b'["m",5]', "constants must be an object, got 5"),
         (b'["m",{"format":2}]', "lacks the engine's vllm_version"),
-        (b'["m",{"format":[2]}]', r"format must be one of 1, 2, 3, got \[2\]"),
+        (b'["m",{"format":[2]}]', r"format must be one of 1, 2, 3, 4, got \[2\]"),
         (b'["x",1]', "must begin with one of m, a, f, s, got 'x'"),
         (b"[[1],2]", r"must begin with one of m, a, f, s, got \[1\]"),
         (b'{"a": 1}', r"must be a JSON array, got \{'a': 1\}"),
