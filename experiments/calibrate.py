@@ -91,7 +91,9 @@ def step_interval(calibration: Calibration) -> float:
     sides = np.asarray([term["side"] for term in calibration.terms])
     rng = np.random.default_rng(0)
     draws = rng.multivariate_normal(calibration.theta, calibration.covariance, 4096, method="eigh")
-    draws = np.maximum(draws, 0.0) * worth
+    for number in np.flatnonzero((draws < 0.0).any(axis=1)):
+        draws[number] = calibration.within_bounds(draws[number])
+    draws *= worth
     step = np.maximum(draws[:, sides != "host"].sum(axis=1), draws[:, sides != "gpu"].sum(axis=1))
     return round(1.645 * float(np.std(step) / np.mean(step)), 4)
 

@@ -43,7 +43,7 @@ class LiveConfig:
 
     users: the loads. seconds: length of a run, warmup_s of them are not counted. repeats: runs per
     load, each with its own requests; they are judged together. replications: simulations per load, one of the
-    means and pairs of a draw and its reflection: an odd number.
+    means and then pairs of a draw and its reflection; an even number leaves the last draw without one.
     name: the study's name. folder: where calibrations and runs are written and read. measure false:
     nothing is started, the runs that lie in `folder` are simulated again. install: copy a profile's
     calibrations to conf/calibration, where `calibration=auto` finds them.

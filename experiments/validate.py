@@ -91,6 +91,7 @@ BARS_GPU: Mapping[str, float] = {
     "median_e2el_ms": 0.03,
     "median_ttft_ms": 0.08,
 }
+BAR_HELD_OUT = 0.05  # of the profile's steps that were held out, medians of like steps
 METRICS = (*VALIDATED, "p99_gateway_ms")
 FROM_PROFILE = (
     "workers", "base_s", "routing_s", "routing_per_char_s", "network_s", "backend_network_s",
@@ -129,7 +130,8 @@ def validate(job: LiveConfig) -> dict[str, Any]:
     power = read_power(folder / "runs")
     rows, summaries = _compare(job, base, shared, known, runs, power, folder)
     replays = _replays(folder)
-    figures = _figures(job, folder, rows, replays, power, time.monotonic() - began_s)
+    calibrations = _calibrations(base.fleet, shared)
+    figures = _figures(job, folder, rows, replays, power, calibrations, time.monotonic() - began_s)
     for name in ("failed_requests", "foreign_cores", "stolen_share"):
         figures[name] = {users: item[name] for users, item in summaries.items()}
     write_atomically(folder / "validation.csv", lambda path: rows.to_csv(path, index=False))
@@ -233,7 +235,7 @@ def _run_folders(job: LiveConfig, folder: Path) -> list[Path]:
 def _check_stored(job: LiveConfig, base: SimulationConfig, shared: Preparations, folder: Path) -> None:
     """Raise before anything is simulated for runs that lack a file, are damaged, or measured otherwise."""
     for run in _run_folders(job, folder):
-        check_files(run, _servers(base.fleet))
+        check_files(run, server_names(base.fleet))
     for users in job.users:
         level = level_config(base, users, job.seconds)
         for repeat in range(job.repeats):
@@ -241,7 +243,7 @@ def _check_stored(job: LiveConfig, base: SimulationConfig, shared: Preparations,
         _speeds(job, base, shared, folder, users)
 
 
-def _servers(fleet: FleetConfig) -> list[str]:
+def server_names(fleet: FleetConfig) -> list[str]:
     """Every replica of every expert, by name."""
     experts = fleet.experts.items()
     return [replica_name(name, index, one.replicas) for name, one in experts for index in range(one.replicas)]
@@ -357,7 +359,7 @@ def _compare(
             "predicted": told,
             "host_slowness": speed,
             "foreign_cores": [round(record.foreign_cores, 3) for record in records],
-            "stolen_share": [round(stolen_from(run, _servers(base.fleet)), 3) for run in folders],
+            "stolen_share": [round(stolen_from(run, server_names(base.fleet)), 3) for run in folders],
             "failed_requests": _failed(repeats),
         }
     return pd.DataFrame(rows), summaries
@@ -466,6 +468,7 @@ def _figures(
     rows: pd.DataFrame,
     replays: dict[str, Any],
     power: PowerLog,
+    calibrations: Mapping[str, Calibration],
     elapsed_s: float,
 ) -> dict[str, Any]:
     """What the command prints: errors per load for the judged metrics, and how many bars are met."""
@@ -484,11 +487,22 @@ def _figures(
         "bars": dict(bars),
         "bars_met": _bars_met(errors, bars, job.users),
         "at_slowness_1": {"mean_abs_error": _mean_abs(plain), "bars_met": _bars_met(plain, bars, job.users)},
+        "held_out": _held_out(calibrations),
         "inside_interval": f"{int(inside.astype(bool).sum())}/{len(inside)}",
         "replay": replays,
         "power": {"measured": bool(power.rows), "why": power.absent},
         "seconds": round(elapsed_s, 1),
     }
+
+
+def _held_out(calibrations: Mapping[str, Calibration]) -> dict[str, Any]:
+    """Errors on steps that the profiles held out, medians of like steps, by expert; None: not stated.
+
+    Calibrations that no live profile made say nothing of it.
+    """
+    errors = {name: one.fit.get("held_out_median_mape") for name, one in calibrations.items()}
+    met = sum(error is not None and error <= BAR_HELD_OUT for error in errors.values())
+    return {"error": errors, "bar": BAR_HELD_OUT, "bars_met": f"{met}/{len(errors)}"}
 
 
 def _draw_and_log(

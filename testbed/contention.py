@@ -114,14 +114,18 @@ class Contention:
     def drawn(self, rng: np.random.Generator, mirrored: bool = False) -> Contention:
         """One of the refits in place of the fit; the fit itself when there are none.
 
-        mirrored: the refit's reflection at the fit, none of it below 0.
+        mirrored: the refit's reflection at the fit; where that would be below what it may be (nothing, a base
+        of 1), as far of it as all of it may be: what falls in one part rises in another.
         """
         if not self.refits:
             return self
         refit = np.array(self.refits[int(rng.integers(len(self.refits)))])
         if mirrored:
             fit = np.array([self.base, *self.slowdowns.values(), self.token_wait_s])
-            refit = np.maximum(2.0 * fit - refit, 0.0)
+            off = fit - refit
+            room = fit - np.minimum(fit, [1.0, *np.zeros(len(fit) - 1)])
+            falls = off < 0.0
+            refit = fit + off * np.min(room[falls] / -off[falls], initial=1.0)
         base, *slowdowns, token_wait_s = refit.tolist()
         named = dict(zip(self.slowdowns, slowdowns, strict=True))
         return replace(self, base=base, token_wait_s=token_wait_s, slowdowns=named)

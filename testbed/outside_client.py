@@ -1,10 +1,11 @@
 """Our load client against an outside one: the same closed load by both, `vllm bench serve` as the judge.
 
-``python -m testbed.outside_client [--users 4] [--requests 60] [--rounds 5]`` starts one weightless
-expert and lets both clients send equal requests, in turn. A shared host changes its speed between
-two rounds by more than the clients differ, so every round's figures are stated at the host speed
-that the recorder's probe saw (see `testbed.host_speed`). The last line printed is JSON: medians of
-the rounds of both, and the differences. Needs vLLM (run it with the live environment's Python).
+``python -m testbed.outside_client [--users 4] [--requests 60] [--rounds 5]`` starts one weightless expert
+and lets both clients send equal requests, in turn. A shared host changes its speed between two rounds by
+more than the clients differ, so every round's figures are stated at the host speed that the recorder's
+probe saw (see `testbed.host_speed`). The last line printed is JSON: medians of the rounds of both, the
+differences, and those of the figures as they were measured. Needs vLLM (run it with the live environment's
+Python).
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class Round:
         self._path = steps_path
         self.usual = usual
 
-    def __call__(self, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def __call__(self, run: Callable[[], dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+        """The round's figures, and the same at the host speed of the first."""
         start_s = time.monotonic()
         figures = run()
         end_s = time.monotonic()
@@ -121,7 +123,7 @@ class Round:
         if self.usual is None:
             self.usual = UsualProbe.fit(probes)
         felt = slowness(probes, self.usual) ** ONE_ROW_EXPONENT  # steps of few rows, see `sensitivity`
-        return at_speed(figures, float(np.median(felt * stretch(log))))
+        return figures, at_speed(figures, float(np.median(felt * stretch(log))))
 
 
 def differences(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -153,7 +155,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 )
                 for n in range(args.rounds)
             ]
-    return differences([row[0] for row in rows], [row[1] for row in rows])
+    as_measured, cleared = (
+        differences([mine[index] for mine, _ in rows], [other[index] for _, other in rows])
+        for index in (0, 1)
+    )
+    return {**cleared, "difference_as_measured": as_measured["difference"]}
 
 
 def main() -> int:

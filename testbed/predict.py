@@ -5,11 +5,11 @@ what we are unsure of: the coefficients of steps and of contention, how fast thi
 how far a run may be from that (`standing`), what single steps do beyond them (`step_scatter`), and what
 requests wait for outside the engines (`waits`), of which a profile records a hundred or two.
 
-Replication 0 has the mean of all that is drawn; those after it come in pairs, a draw and its reflection at
-the mean (for the scatter the same recording from half of it on). Otherwise the mean of a few replications is
-that of a few draws, of the same seeds in every run: in the mean of seven live runs three draws told requests
-of the smaller of two experts 2 to 7 % too short at 16 users, the means 1 %, and median TPOT of all was told
-5.6 % too long, now 2.7 %.
+Replication 0 has the means of coefficients, starts and exponents; those after it come in pairs, a draw of
+them and its reflection (for the scatter the same recording from half of it on; waits are drawn for each,
+and so is the factor on steps beyond a calibration's range). Otherwise the mean of a few replications is
+that of a few draws, of the same seeds in every run: in the mean of seven live runs the first three of seven
+draws told requests of the smaller of two experts 2 to 7 % too short at 16 users, and the means 1 %.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _step_times(
     speed: Speed,
     repeat: int,
 ) -> list[StepTime]:
-    """One step time per expert: coefficients and starts by replication, scatter and host by repeat too."""
+    """One step time per expert: coefficients and starts by pair of replications, scatter and host by repeat
+    too."""
     times: list[StepTime] = []
     replicas = {name: expert.replicas for name, expert in config.fleet.experts.items()}
     pair, mirrored = (replication + 1) // 2, replication > 0 and replication % 2 == 0
@@ -137,6 +138,8 @@ def predicted_summary(
 ) -> dict[str, object]:
     """Combined figures of a load over the live runs' own windows and requests.
 
+    A pair of draws is one degree of freedom: either tells what the other one does.
+
     judged: ids of the requests that latencies are taken from, by repeat (see `pooled`). speeds: how
     fast the host ran, by repeat.
     """
@@ -151,7 +154,7 @@ def predicted_summary(
             for repeat, speed in enumerate(speeds)
         ]
         summaries.append(pooled_figures(runs, window, judged, config.objective))
-    return combine(summaries, config.uncertainty.level)
+    return combine(summaries, config.uncertainty.level, freedom=max(1, replications // 2))
 
 
 def _seen_by_clients(

@@ -14,14 +14,13 @@ Lines, by their first element:
         CPU seconds of the engine's thread so far, those of the speed probe or null, stolen share or null,
         CPU seconds of that thread at s0, seconds that it waited for its core so far or null, those at s0,
         decode rows that the call before had not, those that it had and this one has not]
-s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are
-[index, scheduled tokens, computed tokens before, tokens so far, prompt tokens]. Of decode rows (one
-token, prompt computed) only those are listed, by index, that join or leave, so that a line does not grow with the
-batch: every row of every step is known, and what it has computed is what it had in the step before and one.
-Prefix hits are
-[index, cached tokens] of newly admitted requests. Requests are indexed in order of arrival.
-Written for vLLM 0.32.0; the hooks exist unchanged in 0.26.0. Settings that a release does not have are
-written as it behaves without them (see `BEFORE`).
+s0/s1 enclose ``schedule()``, u0/u1 ``update_from_output()``. Other rows are [index, scheduled tokens,
+computed tokens before, tokens so far, prompt tokens]. Of decode rows (one token, prompt computed) only
+those are listed, by index, that join or leave, so that a line does not grow with the batch: every row of
+every step is known, and what it has computed is what it had in the step before and one. Prefix hits are
+[index, cached tokens] of newly admitted requests. Requests are indexed in order of arrival. Written for
+vLLM 0.32.0; the hooks exist unchanged in 0.26.0. Settings that a release does not have are written as it
+behaves without them (see `BEFORE`).
 """
 
 from __future__ import annotations

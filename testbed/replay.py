@@ -5,9 +5,9 @@ engine decides what runs. A wrong scheduler shows here, whatever the clock; wher
 prediction is off, the clock (the step-time model) is to blame.
 
 A step is identical when all is that the recorder writes of it: every row that is no plain decode row, by
-request; of those that are, which requests they are (where the log says so), number, contexts and largest context; the
-requests that run and wait after `schedule`, KV blocks in use, who was preempted, the prefix hits of new requests,
-and how many tokens came out at its end.
+request; of those that are, which requests they are (where the log says so), number, contexts and largest
+context; the requests that run and wait after `schedule`, KV blocks in use, who was preempted, the prefix hits
+of new requests, and how many tokens came out at its end.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ class LoggedStep:
     cpu_s, cpu_start_s: CPU seconds of the engine's thread until this step's end and its schedule_s; probe_s:
     what the speed probe took then (see `recording_scheduler.SpeedProbe`); stolen_share: of the last second
     (see `stolen_time`); waited_s, waited_start_s: seconds that the thread waited for its core (`core_wait`),
-    as the CPU seconds are; decoding: the requests of the decode rows, in order of their indices. None where they
-    were not recorded.
+    as the CPU seconds are; decoding: the requests of the decode rows, in order of their indices. None where
+    they were not recorded.
     """
 
     number: int
@@ -277,7 +277,8 @@ def _check_meta(line: Line, meta: Mapping[str, Any]) -> None:
 def _decoding_after(line: Line, record: Sequence[Any], before: frozenset[int]) -> frozenset[int]:
     """The requests of a step's decode rows, from those of the call before it.
 
-    Raises DataError where who joins and who leaves is not both there, or does not agree with the line's count.
+    Raises DataError where who joins and who leaves is not both there, or does not agree with the line's own
+    count.
     """
     if len(record) <= _LEAVE:
         raise line.bad("says who joins the decode rows, and not who leaves them")
@@ -296,8 +297,8 @@ def _step(record: Sequence[Any], decoding: frozenset[int]) -> LoggedStep:
         tuple((index, tokens) for index, tokens in record[14]),
         *record[15:_JOIN],
     ]
-    known = {"decoding": tuple(sorted(decoding))} if len(record) > _JOIN else {}
-    return LoggedStep(*values, **known)
+    step = LoggedStep(*values)
+    return replace(step, decoding=tuple(sorted(decoding))) if len(record) > _JOIN else step
 
 
 def _finish(request: LoggedRequest, record: Sequence[Any]) -> LoggedRequest:

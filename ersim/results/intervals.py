@@ -28,17 +28,18 @@ FEW_REPLICATIONS = 4  # below, Student's quantile is so large that intervals say
 
 
 def prediction_interval(
-    values: Sequence[float], level: float, at_least: float | None = 0.0
+    values: Sequence[float], level: float, at_least: float | None = 0.0, freedom: int | None = None
 ) -> tuple[float, float] | None:
     """Student's t prediction interval for one more value; None below two values.
 
-    A lower end below `at_least` is cut to it when no value lies below.
+    A lower end below `at_least` is cut to it when no value lies below. freedom: degrees of freedom, where
+    values depend on each other; else one less than there are.
     """
     n = len(values)
     if n < 2:
         return None
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = t_quantile(n - 1, 0.5 + level / 2) * deviation * math.sqrt(1 + 1 / n)
+    half = t_quantile(freedom or n - 1, 0.5 + level / 2) * deviation * math.sqrt(1 + 1 / n)
     low = mean - half
     return (max(low, at_least) if at_least is not None and min(values) >= at_least else low), mean + half
 
@@ -84,24 +85,26 @@ def mean_is_known(summaries: Sequence[Mapping[str, Any]], precision: float, leve
     return within is not None and within <= precision
 
 
-def combine(summaries: Sequence[Mapping[str, Any]], level: float) -> dict[str, Any]:
+def combine(
+    summaries: Sequence[Mapping[str, Any]], level: float, freedom: int | None = None
+) -> dict[str, Any]:
     """One summary from several replications: means, with `<figure>_low` and `<figure>_high`.
 
     Every number gets an interval, counts included (their mean stays whole where all agree), but for
     facts of the configuration (`gpus`, `usd_per_hour`). A figure that some replications lack has the
     mean and interval of those that know it. Flags are true only if all are; nested blocks are
-    combined in the same way; text is the first replication's.
+    combined in the same way; text is the first replication's. freedom: see `prediction_interval`.
     """
     combined: dict[str, Any] = {}
     for key in dict.fromkeys(key for summary in summaries for key in summary):
         values = [summary[key] for summary in summaries if summary.get(key) is not None]
         sample = values[0] if values else None
         if isinstance(sample, Mapping):
-            combined[key] = combine(_filled(values) if key in _SPARSE_COUNTS else values, level)
+            combined[key] = combine(_filled(values) if key in _SPARSE_COUNTS else values, level, freedom)
         elif isinstance(sample, bool):
             combined[key] = all(values)
         elif isinstance(sample, (int, float)) and key not in _FACTS:
-            combined |= _with_interval(key, values, level)
+            combined |= _with_interval(key, values, level, freedom)
         else:
             combined[key] = sample
     return combined
@@ -113,11 +116,11 @@ def _filled(blocks: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
     return [{name: block.get(name, 0) for name in names} for block in blocks]
 
 
-def _with_interval(key: str, values: Sequence[float], level: float) -> dict[str, Any]:
+def _with_interval(key: str, values: Sequence[float], level: float, freedom: int | None) -> dict[str, Any]:
     """The mean of `values` under `key`, and its interval where there is more than one."""
     same = all(value == values[0] for value in values)
     found: dict[str, Any] = {key: values[0] if same else float(np.mean(values))}
-    interval = prediction_interval(values, level)
+    interval = prediction_interval(values, level, freedom=freedom)
     if interval is not None:
         low, high = (values[0], values[0]) if same else interval
         found[f"{key}_low"] = low

@@ -24,7 +24,6 @@ from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from ersim.errors import DataError, unknown_choice
 from ersim.steptime.specs import CONF_DIR
@@ -35,7 +34,8 @@ VERSION = 1
 SOURCES = ("steps", "profile", "tables", "transfer", "roofline")  # in the order "auto" prefers them
 UNCALIBRATED = ("transfer", "roofline")
 LINEAR_MAPS = ("weights", "arithmetic", "linear maps", "all-reduce")  # what a derived precision changes
-TINY_SHARE = 1e-6
+TINY_SHARE = 1e-6  # of a term's doubt or worth: rounding; added to doubts that several terms share wholly
+MOST_TURNS = 3  # for each term, in a search that ends after fewer than one
 CALIBRATION_DIR = CONF_DIR / "calibration"
 RANGE_KEYS = ("tokens", "decode_seqs", "context_tokens", "prefill_chunk_tokens", "prefill_context_tokens")
 
@@ -91,9 +91,8 @@ class Calibration:
     def sample_theta(self, rng: np.random.Generator | None, mirrored: bool = False) -> FloatArray:
         """One draw of the coefficients, shape (terms,), or their mean when `rng` is None.
 
-        None is below zero: a draw that is stands for the nearest one that is not, in the metric of the
-        covariance (`_admissible`).
-        mirrored: the draw's reflection at the mean; a draw and its reflection average out first order.
+        None is below zero (`within_bounds`). mirrored: the draw's reflection at the mean; a draw and its
+        reflection average out first order where neither meets a bound.
         Two calibrations that draw from equal generators share the doubts they have in common: equal
         terms get equal normal numbers (`_doubts`), and the symmetric root of the correlation spreads
         what is common to all terms over all of them, whatever their number. (The eigenvectors that
@@ -109,8 +108,20 @@ class Calibration:
         root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
         seed = int(rng.integers(2**63))
         streams = [np.random.default_rng([seed, crc32(name.encode())]) for name in self._doubts()]
-        normal = np.asarray([stream.standard_normal() for stream in streams])
-        return _admissible(mean, spread, root, -normal if mirrored else normal)
+        step: FloatArray = spread * (root @ np.asarray([stream.standard_normal() for stream in streams]))
+        return self.within_bounds(mean - step if mirrored else mean + step)
+
+    def within_bounds(self, drawn: FloatArray) -> FloatArray:
+        """Drawn coefficients, shape (terms,), with none below zero.
+
+        Where each term was measured by itself (tables, layer profiles) those below are cut. A fit to
+        recorded steps tells the sum of its terms better than the terms: cutting one would leave another too
+        large beside it, and steps too long in the mean. So the nearest coefficients stand for those drawn.
+        """
+        if self.source != "steps":
+            cut: FloatArray = np.maximum(drawn, 0.0)
+            return cut
+        return drawn if (drawn >= 0.0).all() else _nearest_within(drawn, np.asarray(self.covariance))
 
     def _doubts(self) -> list[str]:
         """A name for what makes each term doubtful, equal in calibrations that share that doubt.
@@ -137,28 +148,40 @@ class Calibration:
         return names
 
 
-def _admissible(mean: FloatArray, spread: FloatArray, root: FloatArray, normal: FloatArray) -> FloatArray:
-    """The draw ``mean + spread * root @ normal``, or the nearest one without a coefficient below zero.
+def _nearest_within(drawn: FloatArray, covariance: FloatArray) -> FloatArray:
+    """The coefficients nearest to those drawn, shape (terms,), of which none is below zero.
 
-    All of shape (terms,); root: symmetric root of the correlation, shape (terms, terms). Nearest is that
-    of the least ``|normal' - normal|``, so what the data told well stays: to cut a coefficient at zero would
-    leave beside it another that is too large because this one was too small, and steps too long in the mean
-    (0.3 to 1 % in profiles of small experts). With l >= 0 the push off each bound, the draw is
-    ``drawn + C l`` where ``l * draw = 0``: a least-squares problem in l (Lawson and Hanson 1974, chapter 23).
+    Near in the metric of the covariance, shape (terms, terms): what the data told well stays. It is ``drawn
+    + C l``, with l >= 0 the push off each bound and ``l * (drawn + C l) = 0``, found as in Lawson and
+    Hanson (1974, chapter 23): of those below zero the lowest one is held at zero, then the next, and one
+    whose push would have to be negative is let go again. Their library routine is not used: loading it
+    takes longer than most simulations.
     """
-    drawn = mean + spread * (root @ normal)
-    if (drawn >= 0.0).all():
-        return drawn
-    free = spread > 0.0
-    start = mean[free] / spread[free]
-    floor = TINY_SHARE * np.eye(free.sum())  # a doubt wholly shared has a singular correlation
-    known = root[np.ix_(free, free)] + floor
-    target = normal[free] + np.linalg.solve(known, start)
-    push, _ = nnls(known, -target)
-    moved = np.zeros_like(mean)
-    moved[free] = np.where(push > 0.0, 0.0, spread[free] * (known @ (known @ push + target)))
-    moved[~free] = mean[~free]
-    return np.maximum(moved, 0.0)
+    spread = np.sqrt(np.diag(covariance))
+    free = spread > TINY_SHARE * np.abs(drawn)
+    scale = np.outer(spread[free], spread[free])
+    metric = covariance[np.ix_(free, free)] / scale + TINY_SHARE * np.eye(int(free.sum()))
+    start = drawn[free] / spread[free]
+    push, held = np.zeros(len(start)), np.zeros(len(start), dtype=bool)
+    for _ in range(MOST_TURNS * len(start)):
+        now = start + metric @ push
+        if held.all() or now[~held].min() >= -TINY_SHARE:
+            break
+        held[np.flatnonzero(~held)[np.argmin(now[~held])]] = True
+        while True:
+            wanted = np.zeros(len(start))
+            wanted[held] = np.linalg.solve(metric[np.ix_(held, held)], -start[held])
+            if wanted[held].min() > 0.0:
+                push = wanted
+                break
+            back = held & (wanted <= 0.0)
+            share = np.min(push[back] / np.maximum(push[back] - wanted[back], TINY_SHARE))
+            push = push + share * (wanted - push)
+            held &= push > TINY_SHARE
+            push[~held] = 0.0
+    moved = np.maximum(drawn, 0.0)
+    moved[free] = np.where(held, 0.0, np.maximum(spread[free] * (start + metric @ push), 0.0))
+    return moved
 
 
 def dumps(calibration: Calibration) -> str:

@@ -84,7 +84,10 @@ def _segments(values: FloatArray, knots: Sequence[int]) -> list[tuple[float, flo
 
 
 def _need(values: FloatArray) -> int:
-    """How many steps it takes to tell a term apart."""
+    """How many steps it takes to tell a term apart.
+
+    A grid's batches of one size are 4 to 6 % of a small expert's profile.
+    """
     return max(5, int(0.03 * len(values)))
 
 

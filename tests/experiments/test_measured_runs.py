@@ -48,6 +48,15 @@ def test_every_bar_that_the_live_loop_must_meet_is_met(predicted: Path) -> None:
     }  # fmt: skip
 
 
+def test_errors_on_steps_held_out_stand_beside_the_bars(predicted: Path) -> None:
+    stated = json.loads((predicted / "validation.json").read_text())["held_out"]
+    for name, error in stated["error"].items():
+        assert error == json.loads((predicted / f"{name}.json").read_text())["fit"]["held_out_median_mape"]
+    met = sum(error <= 0.05 for error in stated["error"].values())
+    assert set(stated["error"]) == {"large", "small"}
+    assert stated["bar"] == 0.05 and stated["bars_met"] == f"{met}/2" and met > 0
+
+
 def test_most_figures_lie_in_their_intervals(predicted: Path) -> None:
     rows = pd.read_csv(predicted / "validation.csv")
     assert set(rows["users"]) == set(LOADS) and len(rows) == 110

@@ -292,12 +292,20 @@ def test_a_draw_is_one_of_the_refits() -> None:
     assert len(drawn) > 5 and found.drawn(rng).scatter is found.scatter
 
 
-def test_a_refit_and_its_reflection_are_as_far_from_the_fit_but_not_below_nothing() -> None:
-    fit = Contention(slowdowns={"b": 0.3}, token_wait_s=1e-4, refits=[[1.02, 0.2, 3e-4]])
+@pytest.mark.parametrize(
+    ("refit", "reflected"),
+    [
+        ([1.03, 0.2, 1.5e-4], [1.01, 0.4, 0.5e-4]),
+        ([1.03, 0.2, 3e-4], [1.015, 0.35, 0.0]),  # half of it
+        ([1.06, 0.1, 1e-4], [1.0, 0.4, 1e-4]),  # half of it, too
+        ([1.0, 0.2, 1e-4], [1.04, 0.4, 1e-4]),
+    ],
+)
+def test_a_refit_is_reflected_as_far_as_all_of_it_may_be(refit: list[float], reflected: list[float]) -> None:
+    fit = Contention(slowdowns={"b": 0.3}, token_wait_s=1e-4, base=1.02, refits=[refit])
     one, other = (fit.drawn(np.random.default_rng(0), mirrored) for mirrored in (False, True))
-    assert (one.base, one.slowdowns, one.token_wait_s) == (1.02, {"b": 0.2}, 3e-4)
-    assert (other.base, other.slowdowns["b"]) == pytest.approx((0.98, 0.4))
-    assert other.token_wait_s == 0.0
+    assert [one.base, one.slowdowns["b"], one.token_wait_s] == pytest.approx(refit)
+    assert [other.base, other.slowdowns["b"], other.token_wait_s] == pytest.approx(reflected)
 
 
 def test_the_reflected_scatter_is_the_other_half_of_the_recording() -> None:

@@ -134,7 +134,7 @@ def test_a_draw_and_its_reflection_average_out(config: SimulationConfig, shared:
 
 
 def test_what_a_neighbour_costs_is_one_of_the_refits(config: SimulationConfig, shared: Preparations) -> None:
-    known = fleet_of(refits=[[1.0, 0.1, 0.0], [1.0, 0.5, 0.0]])
+    known = fleet_of(refits=[[1.0, 0.2, 0.0], [1.0, 0.35, 0.0]])
 
     def cost(replication: int) -> float:
         alone, beside = (
@@ -143,7 +143,9 @@ def test_what_a_neighbour_costs_is_one_of_the_refits(config: SimulationConfig, s
         return round((beside / alone - 1.0) / FELT.exponent(1.0), 6)
 
     assert cost(0) == pytest.approx(0.3)
-    assert {cost(number) for number in range(1, 12)} == {0.1, 0.5}
+    costs = [cost(number) for number in range(1, 13)]
+    assert {*costs[::2]} == {0.2, 0.35}
+    assert np.add(costs[::2], costs[1::2]) == pytest.approx(0.6), "and its reflection at the fit"
 
 
 def test_a_neighbour_is_felt_with_the_calibrations_exponents(
