@@ -45,10 +45,7 @@ from testbed.stolen_time import WINDOW_S, StolenShare
 
 EVENTS = 8
 WARM_REQUESTS = 20
-BARS_MS = {
-    "added_median_ttft_ms": 2.0,
-    "added_p99_ttft_ms": 10.0,
-}  # what the gateway may add at 200 requests/s
+BARS_MS = {"added_median_ttft_ms": 2.0, "added_p99_ttft_ms": 10.0}  # at 200 requests/s
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -59,8 +59,7 @@ def _step_times(
     speed: Speed,
     repeat: int,
 ) -> list[StepTime]:
-    """One step time per expert: coefficients and starts by pair of replications, scatter and host by repeat
-    too."""
+    """Step times by expert: coefficients and starts by pair of replications, the rest by repeat too."""
     times: list[StepTime] = []
     replicas = {name: expert.replicas for name, expert in config.fleet.experts.items()}
     pair, mirrored = (replication + 1) // 2, replication > 0 and replication % 2 == 0

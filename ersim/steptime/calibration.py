@@ -168,7 +168,7 @@ def _nearest_within(drawn: FloatArray, covariance: FloatArray) -> FloatArray:
         if held.all() or now[~held].min() >= -TINY_SHARE:
             break
         held[np.flatnonzero(~held)[np.argmin(now[~held])]] = True
-        while True:
+        while held.any():
             wanted = np.zeros(len(start))
             wanted[held] = np.linalg.solve(metric[np.ix_(held, held)], -start[held])
             if wanted[held].min() > 0.0:

@@ -170,5 +170,7 @@ def test_arguments_come_from_a_file_with_comments() -> None:
     path = ROOT / "experiments" / "bundle_hopper.txt"
     arguments = parser().parse_args([f"@{path}", "--out", "x"])
     assert arguments.vllm and arguments.piece_mib == 45
+    checkout_mib = sum((ROOT / name).stat().st_size for name in project_files()) / 2**20
+    assert arguments.piece_mib + checkout_mib < 64, "with the project, where so much is taken at once"
     assert all("#" not in text and " " not in text for text in (*arguments.leave_out, *arguments.drop))
     assert "vllm/vllm_flash_attn/_vllm_fa2_C*" in arguments.drop
