@@ -46,6 +46,8 @@ def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
         raise bad_value("seconds", "a number of seconds > 0", job.seconds)
     if not 0 <= job.warmup_s < job.seconds:
         raise bad_value("warmup_s", f"in [0, seconds={job.seconds:g})", job.warmup_s)
+    if not 0 <= job.remeasure_s < math.inf:
+        raise bad_value("remeasure_s", "a number of seconds >= 0", job.remeasure_s)
     validate(config)
     for name, expert in config.fleet.experts.items():
         if name in AUTO_MODELS:

@@ -44,9 +44,11 @@ class LiveConfig:
     users: the loads. seconds: length of a run, warmup_s of them are not counted. repeats: runs per
     load, each with its own requests; they are judged together. replications: simulations per load, one of the
     means and then pairs of a draw and its reflection; an even number leaves the last draw without one.
-    name: the study's name. folder: where calibrations and runs are written and read. measure false:
-    nothing is started, the runs that lie in `folder` are simulated again. install: copy a profile's
-    calibrations to conf/calibration, where `calibration=auto` finds them.
+    remeasure_s: what may go in all into measuring loads (a profile's common load) and checks again that
+    others disturbed; not on GPUs. name: the study's name.
+    folder: where calibrations and runs are written and read. measure false: nothing is started, the runs
+    that lie in `folder` are simulated again. install: copy a profile's calibrations to conf/calibration,
+    where `calibration=auto` finds them.
     """
 
     name: str = "live"
@@ -55,6 +57,7 @@ class LiveConfig:
     warmup_s: float = 5.0
     repeats: int = 3
     replications: int = 9
+    remeasure_s: float = 30.0
     folder: Optional[str] = None
     install: bool = False
     measure: bool = True
@@ -141,6 +144,12 @@ def one_line_errors(task: Callable[[DictConfig], None]) -> Callable[[DictConfig]
             raise CompactHydraException(str(error)) from error
 
     return wrapped
+
+
+def again_s(job: LiveConfig, fleet: FleetConfig) -> float | None:
+    """Seconds for measuring again what others disturbed (see `Calmly`); None where no expert runs on CPUs."""
+    on_cpu = any(expert.gpu == "cpu" for expert in fleet.experts.values())
+    return job.remeasure_s if on_cpu else None
 
 
 def home(job: LiveConfig) -> Path:

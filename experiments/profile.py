@@ -32,6 +32,7 @@ from ersim.types import StepTime
 from ersim.util.files import WHOLE, set_earlier_aside, to_json, write_json
 from experiments.live_schema import (
     LiveConfig,
+    again_s,
     home,
     one_line_errors,
     run_task,
@@ -40,17 +41,18 @@ from experiments.live_schema import (
     to_live,
 )
 from experiments.live_tracking import failures_logged, log_profile
+from testbed.calmly import Calmly
 from testbed.contention import Contention, fit_contention
-from testbed.core_time import stolen_share, stretch
+from testbed.core_time import stretch
 from testbed.expert_server import ServerSpec
 from testbed.fleet import LiveFleet, check_servers, replica_name
 from testbed.fleet_calibration import FILE, FleetCalibration, calibration_digests, with_calibrations
 from testbed.fleet_calibration import save as save_fleet
-from testbed.foreign_work import MOST_CORES, CpuUse, all_undisturbed
+from testbed.foreign_work import MOST_CORES, CpuUse, Disturbance
 from testbed.front_end import FrontEnd
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
-from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, vocabulary
+from testbed.live_run import LiveRun, gateway_settings, level_config, run_level, steps_stolen, vocabulary
 from testbed.live_settings import read_live
 from testbed.plan import ProfilePlan, check_common_load, check_plan
 from testbed.power import IDLE_S, PowerLog, PowerSampler
@@ -61,8 +63,6 @@ from testbed.speed_probe import Probes, UsualProbe, slowness
 from testbed.standing import Standing, check_all, together
 from testbed.step_log import StepLog, read_step_log
 from testbed.waits import extra_waits, gateway_medians, recorded_ways
-
-COMMON_LOAD_TRIES = 3  # half a minute of it makes what no single profile can: worth another two
 
 
 def profile(job: LiveConfig) -> dict[str, Any]:
@@ -230,9 +230,10 @@ def _together(
     config, shared = simulation(job, fleet, 1), Preparations()
     settings = gateway_settings(config, shared, live, folder)
     profiled = [servers[0].spec.name for servers in live.servers.values()]
-    standings = check_all(live, fleet, shared, job.workload, job.seed, say, profiled)
+    calmly = Calmly(again_s(job, fleet), say)
+    standings = check_all(live, fleet, shared, job.workload, job.seed, calmly, say, profiled)
     with GatewayProcess(settings, folder) as gateway:
-        runs = _common_load(job, config, shared, live, settings, gateway.url)
+        runs = _common_load(job, config, shared, live, settings, gateway.url, calmly)
     time.sleep(1.0)
     spans_s = [(run.load.start_s, run.load.end_s) for run in runs]
     logs = {
@@ -264,13 +265,14 @@ def _common_load(
     live: LiveFleet,
     settings: GatewaySettings,
     url: str,
+    calmly: Calmly,
 ) -> list[LiveRun]:
     """Closed-loop users of the plan's loads through the gateway, all rounds in the order of their time.
 
-    On CPUs those that others disturbed are driven again in the end: the same requests in other words.
+    Those that others disturbed are driven again in the end: the same requests in other words.
     """
     seconds = job.plan.mixed_s / job.plan.rounds
-    on_cpu = any(expert.gpu == "cpu" for expert in config.fleet.experts.values())
+    driven: dict[tuple[int, int], LiveRun] = {}
 
     def drive(users: int, number: int, attempt: int) -> LiveRun:
         level = level_config(dataclasses.replace(config, seed=job.seed + users), users, seconds)
@@ -278,14 +280,15 @@ def _common_load(
         say(f"common load: {users} users for {seconds:g} s")
         return run_level(level, shared, live, settings, url, seconds, tag, number)
 
-    rounds = [
-        (f"common load of {users} users, round {number + 1}", partial(drive, users, number))
-        for number, users in itertools.product(range(job.plan.rounds), job.plan.mixed_users)
-    ]
-    if not on_cpu:
-        return [once(0) for _, once in rounds]
-    driven = all_undisturbed(rounds, say, COMMON_LOAD_TRIES, lambda run: stolen_share(run.logs.values()))
-    return sorted((run for run, _ in driven), key=lambda run: run.load.start_s)
+    for number, users in itertools.product(range(job.plan.rounds), job.plan.mixed_users):
+
+        def keep(run: LiveRun, _: Disturbance, key: tuple[int, int] = (number, users)) -> None:
+            driven[key] = run
+
+        what = f"common load of {users} users, round {number + 1}"
+        calmly.first(what, partial(drive, users, number), keep, steps_stolen)
+    calmly.rest()
+    return sorted(driven.values(), key=lambda run: run.load.start_s)
 
 
 def _contention(

@@ -12,8 +12,9 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ersim.steptime import Calibration
 from ersim.util.files import WHOLE, set_earlier_aside, to_json, write_atomically, write_json
 from experiments.live_schema import (
     LiveConfig,
+    again_s,
     home,
     one_line_errors,
     run_task,
@@ -40,7 +42,7 @@ from experiments.live_schema import (
     to_live,
 )
 from experiments.live_tracking import failures_logged, log_validation
-from testbed.core_time import stolen_share
+from testbed.calmly import Calmly
 from testbed.fleet import LiveFleet, check_servers, replica_name
 from testbed.fleet_calibration import (
     FleetCalibration,
@@ -49,11 +51,18 @@ from testbed.fleet_calibration import (
     with_calibrations,
 )
 from testbed.fleet_calibration import load as load_fleet
-from testbed.foreign_work import undisturbed, watched
+from testbed.foreign_work import Disturbance
 from testbed.gateway.process import GatewayProcess
 from testbed.gateway.settings import GatewaySettings
 from testbed.host_speed import SpeedTrace
-from testbed.live_run import LiveRun, check_answered, gateway_settings, level_config, run_level
+from testbed.live_run import (
+    LiveRun,
+    check_answered,
+    gateway_settings,
+    level_config,
+    run_level,
+    steps_stolen,
+)
 from testbed.measured import power_figures
 from testbed.measured_run import (
     KIND,
@@ -76,7 +85,7 @@ from testbed.predict import predicted_summary, with_shares
 from testbed.probe_works import TODAY
 from testbed.replay import replay
 from testbed.speed_probe import UsualProbe, probed_work
-from testbed.standing import check_all
+from testbed.standing import Standing, check_all
 from testbed.step_log import read_step_log
 
 BARS_CPU: Mapping[str, float] = {
@@ -151,7 +160,8 @@ def _measure(
 ) -> None:
     """All loads, then all again, on one fleet and one gateway, into runs/u<users>r<repeat>/.
 
-    Before each round every server answers a few requests alone (see `testbed.standing`).
+    Before each round every server answers a few requests alone (see `testbed.standing`). What others
+    disturbed is measured again in the end.
     """
     check_servers(base.fleet)  # before anything that an earlier measurement left is moved
     calibrations = _calibrations(base.fleet, shared)
@@ -159,7 +169,7 @@ def _measure(
         check_probe(calibration, TODAY, f"expert {name}")
     set_earlier_aside(folder / "runs", WHOLE, "*/run.json")
     digests = calibration_digests(base.fleet, shared)
-    on_cpu = any(expert.gpu == "cpu" for expert in base.fleet.experts.values())
+    calmly = Calmly(again_s(job, base.fleet), say)
     with LiveFleet(base.fleet, folder / "runs", say) as live, _power_kept(folder / "runs", live.gpus):
         settings = gateway_settings(base, shared, live, folder / "runs")
         started = [server.spec for server in live.all_servers]
@@ -170,15 +180,15 @@ def _measure(
                 check_probe(calibrations[name], [work], f"expert {server.spec.name}")
         with GatewayProcess(settings, folder / "runs") as gateway:
             for repeat in range(job.repeats):
-                standings = check_all(live, base.fleet, shared, job.workload, job.seed + repeat, say)
+                standings = check_all(live, base.fleet, shared, job.workload, job.seed + repeat, calmly, say)
                 for users in job.users:
                     say(f"live: {users} users for {job.seconds:g} s")
                     level = level_config(base, users, job.seconds)
                     tag = f"u{users}r{repeat}"
+                    kept = partial(_keep, level, folder / "runs" / tag, standings, digests, repeat)
                     run_once = partial(_run_once, job, level, shared, live, settings, gateway.url, repeat)
-                    run, cores = _measured_calmly(run_once, tag) if on_cpu else watched(partial(run_once, 0))
-                    check_answered(run)
-                    write_run(run, level, folder / "runs" / tag, standings, digests, repeat, cores)
+                    calmly.first(tag, run_once, kept, steps_stolen)
+            calmly.rest()
     write_json(folder / "runs" / WHOLE, {"users": list(job.users), "repeats": job.repeats})
 
 
@@ -188,10 +198,21 @@ def _calibrations(fleet: FleetConfig, shared: Preparations) -> dict[str, Calibra
     return {name: shared.expert(expert, f"fleet.experts.{name}").calibration for name, expert in experts}
 
 
-def _measured_calmly(run_once: Callable[[int], LiveRun], tag: str) -> tuple[LiveRun, float]:
-    """A load on CPUs, again where others disturbed it, and the cores that other processes used."""
-    run, taken = undisturbed(run_once, tag, say, lambda run: stolen_share(run.logs.values()))
-    return run, taken.cores
+def _keep(
+    level: SimulationConfig,
+    folder: Path,
+    standings: Mapping[str, Standing],
+    digests: Mapping[str, str],
+    repeat: int,
+    run: LiveRun,
+    taken: Disturbance,
+) -> None:
+    """Write a load's run, in the place of an attempt that was disturbed more; a killed command leaves one."""
+    check_answered(run)
+    new = folder.with_name(f"{folder.name}.new")
+    write_run(run, level, new, standings, digests, repeat, taken.cores)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def _run_once(

@@ -1,18 +1,16 @@
-"""What others took of this machine, and measurements made again because of it.
+"""What others took of this machine while something was measured.
 
 A live run on CPUs measures the servers only while the cores are theirs. What all processes together used
 of the cores that ours may run on, less what our own used, tells when they were not, and so does what the
-hypervisor took from the engines' steps (`core_time`). Neither looks at any latency: which attempt is kept is
-not chosen by its result, only by how much it was disturbed.
+hypervisor took from the engines' steps (`core_time`). Neither looks at any latency.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import psutil
@@ -22,7 +20,6 @@ MOST_CORES = 0.1
 MOST_STOLEN = 0.03
 """Of the steps' time. In four profiles it was at most 0.02, in a fifth 0.1 to 0.3: requests waited 10 ms
 instead of 4 to be let in, and little of what was fitted held for the quiet minutes after it."""
-TRIES = 2
 IDLE = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests are in user; stolen: see `stolen_time`
 
 
@@ -97,7 +94,7 @@ class Disturbance:
 
     @property
     def amount(self) -> float:
-        """Over what is too much: above 1 a measurement is made again."""
+        """Over what is too much: above 1 a measurement is worth making again (see `calmly`)."""
         return max(self.cores / MOST_CORES, self.stolen / MOST_STOLEN)
 
     @property
@@ -116,43 +113,3 @@ class Disturbance:
     def figure(self) -> str:
         """The same as short as can be."""
         return f"{100 * self.stolen:.0f} % stolen" if self.by_hypervisor else f"{self.cores:.2f} cores used"
-
-
-def all_undisturbed(
-    measures: Sequence[tuple[str, Callable[[int], Result]]],
-    say: Callable[[str], None] | None = None,
-    tries: int = TRIES,
-    stolen: Callable[[Result], float] | None = None,
-) -> list[tuple[Result, Disturbance]]:
-    """Each measurement's result, and what disturbed it; made again after all others while that is too much.
-
-    What disturbs a machine goes by: later is better than at once. measures: what each is called, and a
-    function of the number of the attempt. tries: after so many the least disturbed attempt stands, whatever
-    it measured. stolen: share of time that a result's steps lost to other machines; None: not looked at.
-    """
-    kept: dict[int, tuple[Result, Disturbance]] = {}
-    for attempt in range(tries):
-        for index, (what, measure) in enumerate(measures):
-            if index in kept and kept[index][1].amount <= 1.0:
-                continue
-            result, cores = watched(partial(measure, attempt))
-            taken = Disturbance(cores, stolen(result) if stolen is not None else 0.0)
-            if index not in kept or taken.amount < kept[index][1].amount:
-                kept[index] = result, taken
-            if taken.amount > 1.0 and say is not None:
-                again = "measured again"
-                if attempt + 1 == tries:
-                    best = kept[index][1].figure
-                    again = f"kept the attempt with {best}, but better measured on a quiet machine"
-                say(f"{what}: {taken.words}; {again}")
-    return [kept[index] for index in range(len(measures))]
-
-
-def undisturbed(
-    measure: Callable[[int], Result],
-    what: str,
-    say: Callable[[str], None] | None = None,
-    stolen: Callable[[Result], float] | None = None,
-) -> tuple[Result, Disturbance]:
-    """One measurement, made again at once: see `all_undisturbed`."""
-    return all_undisturbed([(what, measure)], say, stolen=stolen)[0]

@@ -17,6 +17,7 @@ from ersim.prepare import Preparations
 from ersim.results import Gaps
 from ersim.steptime import load_model
 from testbed.access_log import read_access_log
+from testbed.core_time import stolen_share
 from testbed.expert_server import free_port
 from testbed.fleet import LiveFleet
 from testbed.gateway.settings import ExpertEndpoint, GatewaySettings
@@ -95,6 +96,11 @@ def collect(
     }
     frame = requests_frame(load, access, logs, prompts)
     return LiveRun(config.users, load, access, logs, frame, token_gaps(load))
+
+
+def steps_stolen(run: LiveRun) -> float:
+    """Share of the steps' time that the hypervisor gave to other machines."""
+    return stolen_share(run.logs.values())
 
 
 def check_answered(run: LiveRun) -> None:

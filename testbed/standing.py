@@ -25,10 +25,10 @@ from ersim.errors import DataError
 from ersim.prepare import Preparations
 from ersim.steptime import Calibration, load_model
 from ersim.types import StepTime
+from testbed.calmly import TRIES, Calmly
 from testbed.common_load import ROUND_STD
 from testbed.expert_server import ExpertServer
 from testbed.fleet import LiveFleet
-from testbed.foreign_work import TRIES, undisturbed
 from testbed.front_end import FrontEnd
 from testbed.plan import ProfilePlan
 from testbed.profile_fit import profile_steps
@@ -104,7 +104,7 @@ def check_standing(
     vocab_size: int,
     workload: WorkloadConfig,
     seed: int,
-    say: Callable[[str], None] | None = None,
+    calmly: Calmly,
 ) -> Standing:
     """Drive the `CHECK` plan through one server while nothing else runs; again where others disturbed it.
 
@@ -127,7 +127,7 @@ def check_standing(
             log, run, alone, UsualProbe.of(calibration), Sensitivity.of(calibration), FrontEnd.of(calibration)
         )
 
-    return undisturbed(check, f"{server.spec.name} alone", say)[0]
+    return calmly.now(f"{server.spec.name} alone", check)
 
 
 def short_enough(plan: ProfilePlan, max_model_len: int) -> ProfilePlan:
@@ -143,6 +143,7 @@ def check_all(
     shared: Preparations,
     workload: WorkloadConfig,
     seed: int,
+    calmly: Calmly,
     say: Callable[[str], None] | None = None,
     known: Collection[str] = (),
 ) -> dict[str, Standing]:
@@ -159,7 +160,7 @@ def check_all(
             if server.spec.live.device != "cpu" or server.spec.name in known:
                 continue
             prompts = CHECK_SEED + 100 * seed + TRIES * number
-            stands = check_standing(server, alone, model.calibration, vocab_size, workload, prompts, say)
+            stands = check_standing(server, alone, model.calibration, vocab_size, workload, prompts, calmly)
             found[server.spec.name] = stands
             if say is not None:
                 known_to = f"{stands.factor:.3f} +- {stands.factor * stands.doubt:.3f}"

@@ -39,6 +39,7 @@ def checked(expert: dict[str, Any] | None = None, **changes: Any) -> None:
         ({"users": [{}]}, "users must be whole numbers, as users=1,2,4, got [{}]"),
         ({"users": [4, 4]}, "each given once, got [4, 4]"),
         ({"repeats": 0}, "repeats must be >= 1, got 0"),
+        ({"remeasure_s": -1.0}, "remeasure_s must be a number of seconds >= 0, got -1.0"),
         ({"seconds": float("inf")}, "seconds must be a number of seconds > 0, got inf"),
         ({"warmup_s": 90.0}, "warmup_s must be in [0, seconds=26), got 90.0"),
         ({"seed": -1}, "seed must be >= 0, got -1"),

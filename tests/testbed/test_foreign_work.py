@@ -1,4 +1,4 @@
-"""Other work on the machine is told from our own, and what it disturbed is measured again."""
+"""Other work on the machine is told from our own."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 
 from testbed import foreign_work
-from testbed.foreign_work import (
-    MOST_CORES,
-    MOST_STOLEN,
-    CpuUse,
-    Disturbance,
-    all_undisturbed,
-    undisturbed,
-    watched,
-)
+from testbed.foreign_work import MOST_CORES, MOST_STOLEN, CpuUse, Disturbance, watched
 
 BURN = "import time\nend = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
 
@@ -95,48 +86,6 @@ def test_our_cores_are_those_of_this_process_and_all_below_it() -> None:
         os.sched_setaffinity(0, everywhere)
         child.kill()
         child.wait()
-
-
-def test_a_disturbed_measurement_is_made_again_at_most_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    def outcome(*cores: float) -> tuple[int, float, list[str]]:
-        """Attempt that stands, its foreign cores and what was said, when attempts were disturbed so much."""
-        readings = iter([one for by in cores for one in (use(0.0, (0.0,)), use(10.0, (10.0 * by,)))])
-        monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: next(readings)))
-        said: list[str] = []
-        result, used = undisturbed(lambda attempt: attempt, "u1r0", said.append)
-        return result, used.cores, said
-
-    assert outcome(MOST_CORES / 2) == (0, pytest.approx(MOST_CORES / 2), [])
-    attempt, used, said = outcome(0.5, 0.0)
-    assert (attempt, used) == (1, 0.0)
-    assert said == ["u1r0: other work on our cores used 0.50 of them; measured again"]
-    attempt, used, said = outcome(0.5, 0.3)
-    assert (attempt, used) == (1, pytest.approx(0.3))
-    assert said[-1].startswith("u1r0: other work on our cores used 0.30 of them; kept the attempt with 0.30")
-    attempt, used, said = outcome(0.3, 0.5)
-    assert (attempt, used) == (0, pytest.approx(0.3)), "the less disturbed one, whatever it measured"
-    assert said[-1].startswith("u1r0: other work on our cores used 0.50 of them; kept the attempt with 0.30")
-
-
-def test_what_goes_by_is_waited_for_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign_work.CpuUse, "now", classmethod(lambda cls: use(0.0, (0.0,))))
-    stolen = {("a", 0): 0.2, ("b", 0): 0.0, ("c", 0): 0.3, ("a", 1): 0.02, ("c", 1): 0.1, ("c", 2): 0.2}
-    made: list[tuple[str, int]] = []
-
-    def measure(name: str, attempt: int) -> tuple[str, int]:
-        made.append((name, attempt))
-        return name, attempt
-
-    measures = [(name, partial(measure, name)) for name in "abc"]
-    said: list[str] = []
-    found = all_undisturbed(measures, said.append, 3, stolen.__getitem__)
-    assert made == list(stolen), "in this order, and what was calm once is not made again"
-    assert [result for result, _ in found] == [("a", 1), ("b", 0), ("c", 1)]
-    assert [taken.stolen for _, taken in found] == [0.02, 0.0, 0.1]
-    assert said[0] == "a: the hypervisor took 20 % of the steps' time; measured again"
-    assert said[-1].startswith(
-        "c: the hypervisor took 20 % of the steps' time; kept the attempt with 10 % stolen"
-    )
 
 
 def test_work_and_stolen_time_count_by_what_is_too_much_of_each() -> None:

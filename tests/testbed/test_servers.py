@@ -22,6 +22,7 @@ from ersim.errors import ConfigError
 from ersim.routing import ExpertProfile, create_policy
 from ersim.steptime import ModelSpec, build_expert_model, load, load_model
 from ersim.steptime.calibration import CALIBRATION_DIR
+from testbed.calmly import Calmly
 from testbed.expert_server import (
     ExpertFailed,
     ExpertServer,
@@ -335,7 +336,7 @@ def test_an_expert_that_dies_while_it_is_looked_at_alone_shows_its_log(tmp_path:
         server.wait_ready()
         began_s = time.monotonic()
         with pytest.raises(ExpertFailed, match=r"expert e ended with status 7(.|\n)*the card fell out"):
-            check_standing(server, alone, known, 1000, WorkloadConfig(), 1)
+            check_standing(server, alone, known, 1000, WorkloadConfig(), 1, Calmly(0.0))
         assert time.monotonic() - began_s < 10
     finally:
         server.stop()
