@@ -26,7 +26,7 @@ ARGS ?=
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test ui lint fast bench oracle oracle-long live test-live bench-gateway validate-published venv venv-live
+.PHONY: help run test ui lint fast bench oracle oracle-long live test-live serve bench-gateway validate-published venv venv-live
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -99,6 +99,9 @@ live: $(LIVE_READY) ## real vLLM experts on this CPU: profile, measure, compare 
 
 test-live: $(LIVE_READY) ## the short version of live, and the tests that need vLLM
 	@$(LIVE_PY) -m pytest -m live $(ARGS)
+
+serve: $(LIVE_READY) ## real experts behind the real gateway, until Ctrl-C (ARGS: fleet=, router=, port=)
+	@$(LIVE_VENV)/bin/ersim-serve $(ARGS)
 
 bench-gateway: $(READY) ## latency that the gateway adds at 200 requests/s on one core (stub upstream)
 	@$(PY) -m testbed.gateway_bench $(ARGS)

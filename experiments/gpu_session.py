@@ -33,7 +33,8 @@ from testbed.arguments import positive
 EXPERTS = ("llama3_8b_bf16", "llama3_8b_int4", "llama3_8b_fp8", "llama3_8b_int8",
            "llama3_70b_fp8", "llama3_70b_int4")  # fmt: skip
 DEFAULTS = ("live_plan=gpu", "workload=chat", "seconds=60", "warmup_s=10", "repeats=1",
-            "+expert.live.api_servers=4", "install=true")  # fmt: skip
+            "+expert.live.api_servers=4", "+expert.live.ready_timeout_s=900",  # a cold 70B compiles first
+            "install=true")  # fmt: skip
 WORDS = {OUT_OF_TIME: "out of time", INTERRUPTED: "interrupted"}
 
 

@@ -57,7 +57,7 @@ class LiveConfig:
     warmup_s: float = 5.0
     repeats: int = 3
     replications: int = 9
-    remeasure_s: float = 30.0
+    remeasure_s: float = 40.0
     folder: Optional[str] = None
     install: bool = False
     measure: bool = True
@@ -73,9 +73,24 @@ class LiveConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+@dataclass
+class ServeConfig(LiveConfig):
+    """What `ersim-serve` is told on top of a fleet, a router and a folder.
+
+    host, port: where the gateway listens; a host that others can reach needs `api_keys`. restarts: how often
+    each server that ends is started again.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8100
+    api_keys: list[str] = field(default_factory=list)
+    restarts: int = 3
+
+
 def register() -> None:
-    """Put the schema into Hydra's config store."""
+    """Put the schemas into Hydra's config store."""
     ConfigStore.instance().store(name="live_schema", node=LiveConfig)
+    ConfigStore.instance().store(name="serve_schema", node=ServeConfig)
 
 
 def list_overrides(arguments: list[str]) -> list[str]:

@@ -30,7 +30,7 @@ from ersim.prepare import Preparations
 from ersim.results import COMPLETED, Window
 from ersim.results.compare import VALIDATED, compare
 from ersim.steptime import Calibration
-from ersim.util.files import WHOLE, set_earlier_aside, to_json, write_atomically, write_json
+from ersim.util.files import WHOLE, set_aside, set_earlier_aside, to_json, write_atomically, write_json
 from experiments.live_schema import (
     LiveConfig,
     again_s,
@@ -189,7 +189,8 @@ def _measure(
                     run_once = partial(_run_once, job, level, shared, live, settings, gateway.url, repeat)
                     calmly.first(tag, run_once, kept, steps_stolen)
             calmly.rest()
-    write_json(folder / "runs" / WHOLE, {"users": list(job.users), "repeats": job.repeats})
+    whole = {"users": list(job.users), "repeats": job.repeats, "failed_again": calmly.failed}
+    write_json(folder / "runs" / WHOLE, whole)
 
 
 def _calibrations(fleet: FleetConfig, shared: Preparations) -> dict[str, Calibration]:
@@ -211,8 +212,10 @@ def _keep(
     check_answered(run)
     new = folder.with_name(f"{folder.name}.new")
     write_run(run, level, new, standings, digests, repeat, taken.cores)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        set_aside(folder, "*", "before")
     new.rename(folder)
+    shutil.rmtree(folder.with_name(f"{folder.name}.before"), ignore_errors=True)
 
 
 def _run_once(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from ersim.errors import ErsimError
 from testbed.foreign_work import Disturbance, watched
 
 Result = TypeVar("Result")
@@ -41,6 +42,7 @@ class Calmly:
         self._say = say or (lambda text: None)
         self._tries = tries
         self._kept: list[_Kept] = []
+        self.failed: list[str] = []
 
     @property
     def left_s(self) -> float:
@@ -72,11 +74,18 @@ class Calmly:
     def rest(self) -> None:
         """Make again what was disturbed while there is time: each once before any twice, the worst first.
 
-        What disturbs a machine goes by: later is better than at once.
+        What disturbs a machine goes by: later is better than at once. An attempt that fails costs no result:
+        the one before stands, and `failed` tells.
         """
         while wanted := [kept for kept in self._kept if self._wanted(kept)]:
             kept = min(wanted, key=lambda one: (one.attempts, -one.taken.amount))
-            self._kept[self._kept.index(kept)] = self._again(kept)
+            index = self._kept.index(kept)
+            try:
+                self._kept[index] = self._again(kept)
+            except ErsimError as error:
+                self._kept[index] = replace(kept, attempts=self._tries)
+                self.failed.append(f"{kept.what} again: {error}")
+                self._say(f"{kept.what} again failed, the attempt before stands: {error}")
         for kept in self._kept:
             self._say_of_the_rest(kept)
 
@@ -112,7 +121,11 @@ class Calmly:
         if self._left_s is None or kept.taken.amount <= 1.0:
             return
         of = "the only attempt" if kept.attempts == 1 else f"the best of {kept.attempts} attempts"
-        self._say(f"{kept.what}: {of} had {kept.taken.figure}; better measured on a quiet machine")
+        more = f" or with more time for it (remeasure_s: {self.left_s:.0f} s are left)"
+        self._say(
+            f"{kept.what}: {of} had {kept.taken.figure}; better measured on a quiet machine"
+            f"{more if kept.attempts < self._tries else ''}"
+        )
 
 
 def _made(

@@ -101,14 +101,21 @@ def free_port(taken: Collection[int] = ()) -> int:
             return port
 
 
-def check_port(port: int, key: str) -> None:
-    """Raise ConfigError if somebody listens on the port already."""
-    with socket.socket() as probe:
+def port_is_free(port: int, host: str = HOST) -> bool:
+    """Whether one may listen there: nobody does, and it is a port of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except (OSError, OverflowError):  # the latter above 65535
-            raise bad_value(f"{key}.live.port", "a free port (or 0 for any)", port) from None
+            return False
+        return True
+
+
+def check_port(port: int, key: str) -> None:
+    """Raise ConfigError if somebody listens on the port already."""
+    if not port_is_free(port):
+        raise bad_value(f"{key}.live.port", "a free port (or 0 for any)", port)
 
 
 def check_model_folder(model: str, key: str) -> None:
@@ -302,13 +309,19 @@ class ExpertServer:
 
     def wait_ready(self) -> float:
         """Wait until healthy; returns seconds since start. Raises ExpertFailed on death or time-out."""
-        deadline = self.started_s + self.spec.live.ready_timeout_s
-        while time.monotonic() < deadline:
-            self.check_alive()
-            if self.healthy():
-                self.ready_s = time.monotonic() - self.started_s
-                return self.ready_s
+        while not self.check_ready():
             time.sleep(POLL_S)
+        assert self.ready_s is not None
+        return self.ready_s
+
+    def check_ready(self) -> bool:
+        """Whether it is healthy by now. Raises ExpertFailed on death, or, stopping it, after its time."""
+        self.check_alive()
+        if self.healthy():
+            self.ready_s = time.monotonic() - self.started_s
+            return True
+        if time.monotonic() < self.started_s + self.spec.live.ready_timeout_s:
+            return False
         late = f"was not healthy within {self.spec.live.ready_timeout_s:g} s (live.ready_timeout_s)"
         failed = self._fail(late)  # before it is stopped: what it logs then is no cause
         self.stop()

@@ -74,10 +74,16 @@ class GatewayProcess:
             if answers(self.url + self._path):
                 return
             time.sleep(0.1)
+        raise self._failed(f"was not ready on {self.url}")
+
+    def check_alive(self) -> None:
+        """Raise GatewayFailed if the process has ended."""
+        if self._process is not None and self._process.poll() is not None:
+            raise self._failed(f"ended with status {self._process.returncode}")
+
+    def _failed(self, what: str) -> GatewayFailed:
         tail = self.log_path.read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise GatewayFailed(
-            f"the gateway was not ready on {self.url}; its log ({self.log_path}) ends:\n{tail}"
-        )
+        return GatewayFailed(f"the gateway {what}; its log ({self.log_path}) ends:\n{tail}")
 
     def stop(self) -> None:
         """Stop the process and wait for its end; safe to call twice."""

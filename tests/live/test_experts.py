@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,9 @@ import pytest
 
 from ersim.config import LengthsConfig, PromptSetConfig, WorkloadConfig
 from ersim.workload import build_workload, load_prompt_set
+from testbed.expert_server import answers, free_port
 
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("vllm", reason="needs the real vLLM: make test-live")
 pytestmark = pytest.mark.live
 
@@ -213,6 +218,33 @@ def test_nothing_is_left_running(tmp_path: Path) -> None:
     with pytest.raises(ErsimError, match="no-such-argument"), fleet:
         pass
     assert not any(server.running for server in fleet.all_servers)
+
+
+def test_a_fleet_is_served_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    """`ersim-serve` with one real expert: ready, asked, stopped by Ctrl-C with nothing left."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "experiments.serve", "expert=tiny_bf16", f"port={port}", f"folder={tmp_path}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        end_s = time.monotonic() + 200
+        while not answers(f"http://127.0.0.1:{port}/ready"):
+            assert process.poll() is None and time.monotonic() < end_s
+            time.sleep(0.5)
+        body = {"model": "auto", "prompt": "w5 w6 w7", "max_tokens": 4, "ignore_eos": True}
+        status, data, headers = asyncio.run(ask(f"http://127.0.0.1:{port}", body))
+        assert status == 200 and json.loads(data)["usage"]["completion_tokens"] == 4
+        assert headers["X-Ersim-Expert"] == "tiny_bf16"
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert json.loads(output.splitlines()[-1])["restarted"] == {"tiny_bf16": 0}
+    settings = json.loads((tmp_path / "serve" / "gateway.json").read_text())
+    assert not answers(settings["experts"][0]["urls"][0] + "/health")
+    assert not list((tmp_path / "serve").glob("*.steps.jsonl")), "steps are not recorded"
 
 
 def test_several_front_ends_serve_one_engine(tmp_path: Path) -> None:

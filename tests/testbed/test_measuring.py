@@ -87,7 +87,7 @@ def test_a_measurement_that_breaks_off_never_costs_the_last_whole_one(
 ) -> None:
     measure()
     runs, previous, broken = (tmp_path / name for name in ("runs", "runs.previous", "runs.broken"))
-    assert json.loads((runs / WHOLE).read_text()) == {"users": [1, 2], "repeats": 2}
+    assert json.loads((runs / WHOLE).read_text()) == {"users": [1, 2], "repeats": 2, "failed_again": []}
     (runs / "u1r0" / "run.json").write_text("the good one")
     with pytest.raises(ConfigError, match="it died"):
         measure(fails="u2r1")

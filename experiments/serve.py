@@ -1,0 +1,170 @@
+"""The `ersim-serve` command: a fleet's real experts behind the real gateway, until it is told to stop."""
+
+# ruff: noqa: E402 (threads are limited before anything imports numpy)
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ersim.config import FleetConfig, SimulationConfig
+from ersim.errors import ConfigError, DataError, bad_value
+from ersim.prepare import Preparations
+from ersim.routing import Policy, build_policy, split_prompts
+from ersim.types import ExpertState
+from ersim.util.files import to_json
+from ersim.workload import load_prompt_set
+from experiments.live_schema import (
+    ServeConfig,
+    home,
+    one_line_errors,
+    run_task,
+    say,
+    simulation,
+    to_live,
+)
+from testbed.expert_server import port_is_free
+from testbed.fleet import LiveFleet, check_servers
+from testbed.fleet_calibration import FILE, with_calibrations
+from testbed.fleet_calibration import load as load_fleet
+from testbed.gateway.process import GatewayProcess
+from testbed.gateway.settings import ExpertEndpoint, GatewaySettings, check
+from testbed.keeper import Keeper
+
+POLL_S = 0.5
+
+
+def serve(job: ServeConfig) -> dict[str, Any]:
+    """Start servers and gateway, keep them running, stop them on Ctrl-C or SIGTERM; returns what happened.
+
+    Raises ConfigError before anything starts for what cannot work, ExpertFailed when no expert is left,
+    GatewayFailed when the gateway has ended.
+    """
+    assert job.fleet is not None  # to_live has checked it
+    fleet = unrecorded(job.fleet)
+    if job.restarts < 0:
+        raise bad_value("restarts", ">= 0", job.restarts)
+    check_servers(fleet)
+    if not port_is_free(job.port, job.host):
+        raise bad_value("port", f"a free port of {job.host}", job.port)
+    folder = home(job) / "serve"
+    live = LiveFleet(fleet, folder, say)
+    settings = serving_settings(job, fleet, live.urls(), folder)
+    began_s, keeper = time.monotonic(), Keeper(live.all_servers, job.restarts, say)
+    try:
+        with live, GatewayProcess(settings, folder) as gateway:
+            say(f"gateway on {gateway.url} (log: {gateway.log_path}); Ctrl-C stops it and the experts")
+            while True:
+                time.sleep(POLL_S)
+                gateway.check_alive()
+                keeper.look()
+    except KeyboardInterrupt:
+        say("gateway and experts are stopped")
+    return {
+        "command": "ersim-serve",
+        "fleet": fleet.name,
+        "url": settings.url,
+        "restarted": keeper.restarted,
+        "seconds": round(time.monotonic() - began_s, 1),
+    }
+
+
+def unrecorded(fleet: FleetConfig) -> FleetConfig:
+    """The fleet without step logs, which grow as long as it serves, but where they are asked for."""
+    experts = {
+        name: dataclasses.replace(one, live={"record_steps": False, **one.live})
+        for name, one in fleet.experts.items()
+    }
+    return dataclasses.replace(fleet, experts=experts)
+
+
+def serving_settings(
+    job: ServeConfig, fleet: FleetConfig, urls: dict[str, list[str]], folder: Path
+) -> GatewaySettings:
+    """The gateway's settings; the policy is fitted and saved into `folder`. Raises ConfigError for bad ones.
+
+    With calibrations (a profile of this fleet, or those of its GPUs) the policy knows what tokens cost, and
+    an expert is sent as many requests at once as its engine runs; else the gateway's own default holds.
+    """
+    config = simulation(job, fleet, 1)
+    try:
+        policy, slots = _calibrated(config, _with_profile(job, fleet))
+    except (ConfigError, DataError) as error:
+        say(f"the router knows no prices, the gateway no engine's limit: {error}")
+        policy, slots = _uncalibrated(config), {}
+    endpoints = [
+        ExpertEndpoint(name, urls[name], one.model, list(one.domains), slots.get(name, ExpertEndpoint.slots))
+        for name, one in fleet.experts.items()
+    ]
+    queue_limit = GatewaySettings.queue_limit if job.gateway.queue_limit is None else job.gateway.queue_limit
+    path = folder / "policy.bin"
+    settings = GatewaySettings(
+        experts=endpoints,
+        policy_path=str(path),
+        host=job.host,
+        port=job.port,
+        balancer=job.router.balancer,
+        seed=job.seed,
+        api_keys=list(job.api_keys),
+        queue_limit=queue_limit,
+    )
+    check(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.save(path)
+    return settings
+
+
+def _with_profile(job: ServeConfig, fleet: FleetConfig) -> FleetConfig:
+    """The fleet with the calibrations of its last profile, or those known of its GPUs.
+
+    Raises ConfigError for experts on CPUs that were not profiled: nothing else tells how fast they are.
+    """
+    folder = home(job)
+    if (folder / FILE).is_file():
+        return with_calibrations(fleet, load_fleet(folder), folder)
+    unknown = [name for name, one in fleet.experts.items() if (one.gpu, one.calibration) == ("cpu", "auto")]
+    if unknown:
+        raise ConfigError(f"no profile of {', '.join(unknown)} in {folder}; make it with ersim-profile")
+    return fleet
+
+
+def _calibrated(config: SimulationConfig, fleet: FleetConfig) -> tuple[Policy, dict[str, int]]:
+    """The simulator's own policy, and how many requests each expert's replicas run at once."""
+    shared = Preparations()
+    config = dataclasses.replace(config, fleet=fleet)
+    states = shared.expert_states(fleet)
+    return shared.routing(config).policy, {state.name: state.slots for state in states}
+
+
+def _uncalibrated(config: SimulationConfig) -> Policy:
+    """The same policy, fitted without what a calibration tells."""
+    experts = config.fleet.experts.items()
+    states = [ExpertState(name, one.model, tuple(one.domains), (), one.replicas) for name, one in experts]
+    prompts = load_prompt_set(config.workload.prompts).prompts
+    train, _ = split_prompts(prompts, config.router.train_fraction, config.seed)
+    return build_policy(config.router, states, [prompts[index] for index in train], config.seed)
+
+
+@one_line_errors
+def _task(config: DictConfig) -> None:
+    job = to_live(config)
+    assert isinstance(job, ServeConfig)  # conf/live/serve.yaml is one
+    print(to_json(serve(job), indent=None))
+
+
+def main() -> None:
+    """Run the command line in sys.argv."""
+    run_task(_task, "serve")
+
+
+if __name__ == "__main__":
+    main()

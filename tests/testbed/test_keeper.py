@@ -1,0 +1,86 @@
+"""A server that ends while it is served is started again, so many times."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+
+from ersim.errors import ConfigError
+from testbed.expert_server import ExpertFailed
+from testbed.keeper import Keeper
+
+
+class Server:
+    """As much of an ExpertServer as is kept: it is well, dead, or starting, as a test says."""
+
+    def __init__(self, name: str) -> None:
+        self.spec = types.SimpleNamespace(name=name, url=f"http://{name}")
+        self.state = "well"
+        self.calls: list[str] = []
+        self.port_taken = False
+
+    def check_alive(self) -> None:
+        if self.state == "dead":
+            raise ExpertFailed(f"expert {self.spec.name} ended with status 9")
+
+    def check_ready(self) -> bool:
+        self.check_alive()
+        if self.state == "late":
+            raise ExpertFailed(f"expert {self.spec.name} was not healthy within 240 s")
+        return self.state == "well"
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+    def start(self) -> None:
+        self.calls.append("start")
+        if self.port_taken:
+            raise ConfigError("live.port must be a free port")
+        self.state = "starting"
+
+
+def kept(*names: str, restarts: int = 2) -> tuple[list[Any], Keeper, list[str]]:
+    servers, said = [Server(name) for name in names], list[str]()
+    return servers, Keeper(servers, restarts, said.append), said  # type: ignore[arg-type]
+
+
+def test_servers_that_are_well_are_left_alone() -> None:
+    servers, keeper, said = kept("a", "b")
+    keeper.look()
+    assert said == [] and all(server.calls == [] for server in servers)
+    assert keeper.restarted == {"a": 0, "b": 0}
+
+
+def test_one_that_ends_is_started_again_without_waiting_for_it() -> None:
+    (a, b), keeper, said = kept("a", "b")
+    a.state = "dead"
+    keeper.look()
+    assert a.calls == ["stop", "start"] and b.calls == []
+    keeper.look()  # still starting: nothing is said, the other one is looked at
+    assert said == ["expert a ended with status 9", "starting expert a again (1 of 2)"]
+    a.state = "well"
+    keeper.look()
+    keeper.look()
+    assert said[2:] == ["expert a answers again on http://a"]
+    assert keeper.restarted == {"a": 1, "b": 0}
+
+
+def test_one_that_never_gets_well_is_given_up_and_the_others_go_on() -> None:
+    (a, b), keeper, said = kept("a", "b")
+    a.state = "dead"
+    keeper.look()
+    a.state = "late"
+    keeper.look()
+    a.state = "late"
+    keeper.look()
+    assert said[-1] == "expert a is not started again after 2 restarts (restarts)"
+    before = len(said)
+    keeper.look()
+    assert len(said) == before, "it is said once"
+    assert a.calls == ["stop", "start"] * 2 + ["stop"] and keeper.restarted == {"a": 2, "b": 0}
+    b.state, b.port_taken = "dead", True
+    with pytest.raises(ExpertFailed, match="no expert is left to answer"):
+        keeper.look()
+    assert said[-1] == "expert b cannot be started again: live.port must be a free port"
