@@ -20,6 +20,18 @@ pytestmark = pytest.mark.live
 SEEDS = range(9_000_000, 9_000_016)
 
 
+def test_recording_costs_under_2_percent_of_a_step_of_the_experts_here() -> None:
+    """All of it: requests that come and go, both calls of a step, the thread that writes."""
+    from testbed.recorder_bench import BAR, bench
+
+    found = bench(rows=12, steps=300)
+    both_us = found["recorder_us"] + found["writer_us"]
+    assert 0.0 < found["told_us"] < found["recorder_us"] < found["scheduler_us"]
+    assert both_us / 1e3 / BAR == pytest.approx(found["step_ms_at_2_percent"], abs=0.02)
+    assert found["step_ms_at_2_percent"] < 10.0, "steps of twelve rows take 20 ms and more"
+    assert 150 < found["bytes"] < 400, "a line does not grow with the batch"
+
+
 def test_recorded_schedulers_replay_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.core.sched import async_scheduler, scheduler
 
