@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 CPU = "cpu"  # an expert's `gpu` where it has none
 
 
-def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
+def check_live(job: LiveConfig, config: SimulationConfig, folder: Path, recorded: bool = True) -> None:
     """Raise ConfigError or DataError for what neither measuring nor simulating could make use of.
 
-    config: the job's simulation at any load. folder: where its files will lie. What a fitted policy says of
+    config: the job's simulation at any load. folder: where its files will lie. recorded: whether it reads
+    what the recorder writes. What a fitted policy says of
     an expert's price (a budget below it, say) is seen only with the expert's calibration: a price is what a
     GPU costs over the tokens it makes, which a profile is there to measure. A validation has it, and asks
     its policy before servers start.
@@ -52,7 +53,7 @@ def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
     for name, expert in config.fleet.experts.items():
         if name in AUTO_MODELS:
             raise bad_value("fleet.experts", f"of names other than {name!r}, which is the router's", name)
-        _check_expert(expert, f"fleet.experts.{name}", job.measure)
+        _check_expert(expert, f"fleet.experts.{name}", job.measure, recorded)
     prompts = load_prompt_set(config.workload.prompts)
     if config.workload.arrivals == "trace":
         build_workload(config.workload, prompts, config.users, config.seed)
@@ -60,7 +61,7 @@ def check_live(job: LiveConfig, config: SimulationConfig, folder: Path) -> None:
     check_folder(folder)
 
 
-def _check_expert(expert: ExpertConfig, key: str, measure: bool) -> None:
+def _check_expert(expert: ExpertConfig, key: str, measure: bool, recorded: bool) -> None:
     """Names of its model and GPU, and its `live` mapping; if it is to be measured, on this machine."""
     load_model(expert.model)
     if expert.gpu != CPU:
@@ -75,7 +76,7 @@ def _check_expert(expert: ExpertConfig, key: str, measure: bool) -> None:
         raise bad_value(f"{key}.live.device", f"gpu, or {key}.gpu cpu (it is {expert.gpu})", live.device)
     if not measure:
         return
-    if not live.record_steps:
+    if recorded and not live.record_steps:
         raise bad_value(f"{key}.live.record_steps", "true: profiles and validations read the steps", False)
     check_machine(live, key)
 

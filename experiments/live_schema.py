@@ -57,7 +57,7 @@ class LiveConfig:
     warmup_s: float = 5.0
     repeats: int = 3
     replications: int = 9
-    remeasure_s: float = 40.0
+    remeasure_s: float = 30.0
     folder: Optional[str] = None
     install: bool = False
     measure: bool = True
@@ -75,7 +75,7 @@ class LiveConfig:
 
 @dataclass
 class ServeConfig(LiveConfig):
-    """What `ersim-serve` is told on top of a fleet, a router and a folder.
+    """What `ersim-serve` is told on top of a fleet, a router and a folder; what measures has no effect.
 
     host, port: where the gateway listens; a host that others can reach needs `api_keys`. restarts: how often
     each server that ends is started again.
@@ -119,7 +119,7 @@ def to_live(config: DictConfig) -> LiveConfig:
         raise bad_value("fleet", "chosen (fleet=live_cpu), or an expert (expert=tiny_bf16)", None)
     if job.folder is not None:
         job.folder = os.path.expanduser(job.folder)
-    check_live(job, simulation(job, job.fleet, 1), home(job))
+    check_live(job, simulation(job, job.fleet, 1), home(job), not isinstance(job, ServeConfig))
     return job
 
 

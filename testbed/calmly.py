@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ersim.errors import ErsimError
+from testbed.expert_server import ExpertFailed
 from testbed.foreign_work import Disturbance, watched
 
 Result = TypeVar("Result")
 TRIES = 3  # of one measurement, the first included
+TRIES_AT_ONCE = 2  # what disturbs a machine may last: the time is for others, too
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class _Kept:
     taken: Disturbance
     took_s: float
     attempts: int = 1
+    failed: bool = False
 
 
 class Calmly:
@@ -50,10 +53,13 @@ class Calmly:
         return self._left_s or 0.0
 
     def now(self, what: str, measure: Callable[[int], Result]) -> Result:
-        """A measurement that the next ones build upon: made again at once. measure: of attempt numbers."""
+        """A measurement that the next ones build upon: made again at once, and once at most.
+
+        measure: of the attempt's number; what it raises goes on.
+        """
         results: list[Result] = []
         kept = self._first(what, measure, lambda result, _: results.append(result), None)
-        while self._wanted(kept):
+        while self._wanted(kept) and kept.attempts < TRIES_AT_ONCE:
             kept = self._again(kept)
         self._say_of_the_rest(kept)
         return results[-1]
@@ -75,7 +81,7 @@ class Calmly:
         """Make again what was disturbed while there is time: each once before any twice, the worst first.
 
         What disturbs a machine goes by: later is better than at once. An attempt that fails costs no result:
-        the one before stands, and `failed` tells.
+        the one before stands, and `failed` tells. After an expert has failed nothing is made again.
         """
         while wanted := [kept for kept in self._kept if self._wanted(kept)]:
             kept = min(wanted, key=lambda one: (one.attempts, -one.taken.amount))
@@ -83,9 +89,11 @@ class Calmly:
             try:
                 self._kept[index] = self._again(kept)
             except ErsimError as error:
-                self._kept[index] = replace(kept, attempts=self._tries)
+                self._kept[index] = replace(kept, failed=True)
                 self.failed.append(f"{kept.what} again: {error}")
                 self._say(f"{kept.what} again failed, the attempt before stands: {error}")
+                if isinstance(error, ExpertFailed):
+                    break
         for kept in self._kept:
             self._say_of_the_rest(kept)
 
@@ -104,13 +112,17 @@ class Calmly:
 
     def _wanted(self, kept: _Kept) -> bool:
         """Whether to make it again, and there is time: an attempt is taken to last as the one before."""
-        return kept.taken.amount > 1.0 and kept.attempts < self._tries and kept.took_s <= self.left_s
+        more = kept.attempts < self._tries and not kept.failed
+        return kept.taken.amount > 1.0 and more and kept.took_s <= self.left_s
 
     def _again(self, kept: _Kept) -> _Kept:
         """One more attempt, in the place of the one that stands if it was disturbed less."""
         self._say(f"{kept.what} again: {self.left_s:.0f} s are left to make disturbed measurements again")
-        result, taken, took_s = _made(kept.measure, kept.attempts, kept.stolen)
-        self._left_s = max(0.0, self.left_s - took_s)
+        began_s = time.monotonic()
+        try:
+            result, taken, took_s = _made(kept.measure, kept.attempts, kept.stolen)
+        finally:
+            self._left_s = max(0.0, self.left_s - (time.monotonic() - began_s))
         if taken.amount < kept.taken.amount:
             kept.keep(result, taken)
             kept = replace(kept, taken=taken)
@@ -124,7 +136,7 @@ class Calmly:
         more = f" or with more time for it (remeasure_s: {self.left_s:.0f} s are left)"
         self._say(
             f"{kept.what}: {of} had {kept.taken.figure}; better measured on a quiet machine"
-            f"{more if kept.attempts < self._tries else ''}"
+            f"{more if kept.attempts < self._tries and not kept.failed else ''}"
         )
 
 

@@ -107,7 +107,7 @@ def port_is_free(port: int, host: str = HOST) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except (OSError, OverflowError):  # the latter above 65535
+        except (OSError, OverflowError, UnicodeError):  # above 65535; a name that is none
             return False
         return True
 

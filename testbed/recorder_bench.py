@@ -147,9 +147,15 @@ def bench(rows: int, steps: int) -> dict[str, Any]:
     hasher = get_request_block_hasher(CONFIG.block_size, vllm.hash_function)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "steps.jsonl")
-        os.environ["ERSIM_STEP_LOG"] = str(path)
         scheduler = vllm.scheduler(CONFIG)
-        recorder = type("Recorder", (RecordingMixin, Answered), {})(scheduler)
+        before = os.environ.get("ERSIM_STEP_LOG")
+        os.environ["ERSIM_STEP_LOG"] = str(path)
+        try:
+            recorder = type("Recorder", (RecordingMixin, Answered), {})(scheduler)
+        finally:
+            os.environ.pop("ERSIM_STEP_LOG")
+            if before is not None:
+                os.environ["ERSIM_STEP_LOG"] = before
         recorder._log._stop.set()  # its thread: `write` does what that would
         recorder._log._thread.join(2 * FLUSH_PERIOD_S)
         timed = Timed(scheduler, recorder, hasher, rows)

@@ -18,7 +18,7 @@ READY_TIMEOUT_S = 60.0
 
 
 class GatewayFailed(ErsimError, RuntimeError):
-    """The gateway did not start; the message ends with its output."""
+    """The gateway did not start, or has ended; the message ends with its output."""
 
 
 class GatewayProcess:
@@ -45,6 +45,8 @@ class GatewayProcess:
 
     def __enter__(self) -> GatewayProcess:
         write_json(self._settings_path, to_dict(self.settings))
+        if self.settings.api_keys:
+            self._settings_path.chmod(0o600)  # they stand in it
         command = [sys.executable, "-m", "testbed.supervisor", "--"]
         if self._cores:
             command += ["taskset", "-c", ",".join(map(str, self._cores))]

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from ersim.errors import ConfigError
 from testbed import calmly as module
 from testbed.calmly import Calmly
 from testbed.expert_server import ExpertFailed
@@ -99,13 +100,13 @@ def test_without_time_or_where_nothing_is_judged_each_is_made_once(machine: Make
 
 
 def test_what_the_next_ones_build_upon_is_made_again_at_once(machine: Make) -> None:
-    one = machine({("check", 0): 0.3, ("check", 1): 0.2, ("check", 2): 0.4})
+    one = machine({("check", 0): 0.3, ("check", 1): 0.2})
     calmly = Calmly(100.0, one.said.append)
-    assert calmly.now("check", partial(one.measure, "check")) == 1, "the least disturbed one"
-    assert calmly.left_s == 100.0 - 2 * LONG_S, "it is taken from the same time"
+    assert calmly.now("check", partial(one.measure, "check")) == 1, "the less disturbed one"
+    assert calmly.left_s == 100.0 - LONG_S, "it is taken from the same time"
     calmly.rest()
-    assert len(one.made) == 3, "and is not made again later"
-    assert one.said[-1].startswith("check: the best of 3 attempts had 0.20 cores used")
+    assert len(one.made) == 2, "once, and not again later"
+    assert one.said[-1].startswith("check: the best of 2 attempts had 0.20 cores used")
 
 
 def test_stolen_time_counts_as_others_work_does(machine: Make) -> None:
@@ -119,23 +120,25 @@ def test_stolen_time_counts_as_others_work_does(machine: Make) -> None:
     assert one.said[-1].startswith("u1r0: the best of 2 attempts had 7 % stolen; better measured on a quiet")
 
 
-def test_a_measurement_that_fails_leaves_what_stands(machine: Make) -> None:
-    """A server that dies while something is measured again: the first attempt has been kept."""
-    one = machine({("a", 0): 0.2})
+@pytest.mark.parametrize(("error", "goes_on"), [(ExpertFailed("it died"), False), (ConfigError("bad"), True)])
+def test_an_attempt_that_fails_leaves_what_stands(machine: Make, error: Exception, goes_on: bool) -> None:
+    """Its time counts, it is not tried again, and after an expert has died nobody is."""
+    one = machine({("a", 0): 0.5, ("b", 0): 0.2})
 
     def measure(attempt: int) -> int:
+        result = one.measure("a", attempt)
         if attempt:
-            raise ExpertFailed("it died")
-        return one.measure("a", attempt)
+            raise error
+        return result
 
     calmly = Calmly(100.0, one.said.append)
     calmly.first("a", measure, partial(one.keep, "a"))
+    calmly.first("b", partial(one.measure, "b"), partial(one.keep, "b"))
     calmly.rest()
-    assert one.kept == {"a": (0, 0.2)}
-    assert calmly.failed == ["a again: it died"]
-    assert one.said[1:3] == [
-        "a again: 100 s are left to make disturbed measurements again",
-        "a again failed, the attempt before stands: it died",
-    ]
-    with pytest.raises(ExpertFailed, match="it died"):
+    assert one.kept == {"a": (0, 0.5), "b": (1, CALM) if goes_on else (0, 0.2)}
+    assert calmly.left_s == 100.0 - (2 if goes_on else 1) * LONG_S
+    assert calmly.failed == [f"a again: {error}"]
+    assert f"a again failed, the attempt before stands: {error}" in one.said
+    assert "a: the only attempt had 0.50 cores used; better measured on a quiet machine" in one.said
+    with pytest.raises(type(error)):
         calmly.now("check", lambda attempt: measure(1))

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from ersim.errors import ConfigError
+from testbed import keeper as keeper_module
 from testbed.expert_server import ExpertFailed
-from testbed.keeper import Keeper
+from testbed.keeper import PAUSE_S, Keeper
 
 
 class Server:
@@ -19,7 +20,7 @@ class Server:
         self.spec = types.SimpleNamespace(name=name, url=f"http://{name}")
         self.state = "well"
         self.calls: list[str] = []
-        self.port_taken = False
+        self.start_raises: Exception | None = None
 
     def check_alive(self) -> None:
         if self.state == "dead":
@@ -36,9 +37,25 @@ class Server:
 
     def start(self) -> None:
         self.calls.append("start")
-        if self.port_taken:
-            raise ConfigError("live.port must be a free port")
+        if self.start_raises is not None:
+            raise self.start_raises
         self.state = "starting"
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    one = Clock()
+    monkeypatch.setattr(keeper_module, "time", one)
+    return one
 
 
 def kept(*names: str, restarts: int = 2) -> tuple[list[Any], Keeper, list[str]]:
@@ -46,16 +63,17 @@ def kept(*names: str, restarts: int = 2) -> tuple[list[Any], Keeper, list[str]]:
     return servers, Keeper(servers, restarts, said.append), said  # type: ignore[arg-type]
 
 
-def test_servers_that_are_well_are_left_alone() -> None:
+def test_servers_that_are_well_are_left_alone(clock: Clock) -> None:
     servers, keeper, said = kept("a", "b")
     keeper.look()
     assert said == [] and all(server.calls == [] for server in servers)
     assert keeper.restarted == {"a": 0, "b": 0}
 
 
-def test_one_that_ends_is_started_again_without_waiting_for_it() -> None:
+def test_one_that_ends_is_started_again_without_waiting_for_it(clock: Clock) -> None:
     (a, b), keeper, said = kept("a", "b")
     a.state = "dead"
+    keeper.look()
     keeper.look()
     assert a.calls == ["stop", "start"] and b.calls == []
     keeper.look()  # still starting: nothing is said, the other one is looked at
@@ -67,20 +85,49 @@ def test_one_that_ends_is_started_again_without_waiting_for_it() -> None:
     assert keeper.restarted == {"a": 1, "b": 0}
 
 
-def test_one_that_never_gets_well_is_given_up_and_the_others_go_on() -> None:
-    (a, b), keeper, said = kept("a", "b")
+def test_one_that_never_gets_well_is_given_up_and_the_others_go_on(clock: Clock) -> None:
+    (a, _), keeper, said = kept("a", "b")
     a.state = "dead"
     keeper.look()
-    a.state = "late"
     keeper.look()
     a.state = "late"
     keeper.look()
-    assert said[-1] == "expert a is not started again after 2 restarts (restarts)"
+    keeper.look()
+    assert keeper.restarted["a"] == 1, "the second restart comes after a pause"
+    clock.now_s = PAUSE_S
+    keeper.look()
+    assert keeper.restarted["a"] == 2
+    a.state = "late"
+    keeper.look()
+    assert said[-1] == "expert a is not started again: 2 restarts are all (restarts)"
     before = len(said)
+    clock.now_s = 10 * PAUSE_S
     keeper.look()
     assert len(said) == before, "it is said once"
     assert a.calls == ["stop", "start"] * 2 + ["stop"] and keeper.restarted == {"a": 2, "b": 0}
-    b.state, b.port_taken = "dead", True
-    with pytest.raises(ExpertFailed, match="no expert is left to answer"):
+
+
+@pytest.mark.parametrize("error", [ConfigError("live.port must be a free port"), OSError("no space left")])
+def test_a_start_that_fails_is_one_of_its_restarts(clock: Clock, error: Exception) -> None:
+    (a, _), keeper, said = kept("a", "b")
+    a.state, a.start_raises = "dead", error
+    keeper.look()
+    keeper.look()
+    assert said[1:] == ["starting expert a again (1 of 2)", str(error)]
+    a.start_raises = None
+    clock.now_s = PAUSE_S
+    keeper.look()
+    a.state = "well"
+    keeper.look()
+    assert said[-1] == "expert a answers again on http://a" and keeper.restarted == {"a": 2, "b": 0}
+
+
+def test_without_an_expert_it_ends(clock: Clock) -> None:
+    (a, b), keeper, _ = kept("a", "b", restarts=0)
+    a.state = "dead"
+    keeper.look()
+    b.state = "dead"
+    with pytest.raises(
+        ExpertFailed, match=r"no expert is left: .* \(restarts\) .* expert b ended with status 9"
+    ):
         keeper.look()
-    assert said[-1] == "expert b cannot be started again: live.port must be a free port"
