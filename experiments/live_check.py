@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ersim.config import ExpertConfig, SimulationConfig, validate
 from ersim.errors import bad_value, unknown_choice
-from ersim.routing import build_balancer, build_policy, create_policy, split_prompts
+from ersim.routing import Policy, build_balancer, build_policy, create_policy, split_prompts
 from ersim.routing.build import SAVED
 from ersim.routing.policy import ExpertProfile
 from ersim.steptime import load_gpu, load_model
@@ -92,5 +92,12 @@ def _check_router(config: SimulationConfig, prompts: Sequence[Prompt]) -> None:
     if priced and router.policy_path is None and router.policy != SAVED:
         create_policy(router.policy, [ExpertProfile.of(state) for state in states], router.params)
         return
-    train, _ = split_prompts(prompts, router.train_fraction, config.seed)
-    build_policy(router, states, [prompts[index] for index in train], config.seed)
+    fit_unpriced(config, states, prompts)
+
+
+def fit_unpriced(
+    config: SimulationConfig, states: Sequence[ExpertState], prompts: Sequence[Prompt]
+) -> Policy:
+    """The config's policy, fitted with what is known of experts that have no calibration: no prices."""
+    train, _ = split_prompts(prompts, config.router.train_fraction, config.seed)
+    return build_policy(config.router, states, [prompts[index] for index in train], config.seed)

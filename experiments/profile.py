@@ -74,6 +74,7 @@ def profile(job: LiveConfig) -> dict[str, Any]:
     assert job.fleet is not None  # to_live has checked it
     began_s = time.monotonic()
     folder, made = home(job), home(job) / "profile"
+    calmly = Calmly(again_s(job, job.fleet), say)
     for name, expert in job.fleet.experts.items():
         check_plan(job.plan, expert.engine.max_model_len)
         check_kv_cache(expert, f"fleet.experts.{name}")
@@ -82,8 +83,8 @@ def profile(job: LiveConfig) -> dict[str, Any]:
         check_servers(job.fleet)  # before anything that an earlier profile left is moved
         with _said_what_is_kept(folder), _started(job.fleet, made) as live:
             calibrations = {name: _one_expert(job, live, name, made) for name in job.fleet.experts}
-            known = _together(job, live, calibrations, made)
-    _publish(known, folder)
+            known = _together(job, live, calibrations, made, calmly)
+    _publish(known, folder, calmly.failed)
     figures: dict[str, Any] = {
         "command": "ersim-profile",
         "fleet": job.fleet.name,
@@ -118,14 +119,14 @@ def _said_what_is_kept(folder: Path) -> Iterator[None]:
         raise
 
 
-def _publish(known: FleetCalibration, folder: Path) -> None:
+def _publish(known: FleetCalibration, folder: Path, failed_again: Sequence[str]) -> None:
     """Move the calibrations and their figures from profile/ to the fleet's folder; fleet.json is the last."""
     made = folder / "profile"
     for name in known.calibrations:
         for file in (f"{name}.png", f"{name}.json"):
             os.replace(made / file, folder / file)
     save_fleet(known, folder)
-    write_json(made / WHOLE, {"experts": list(known.calibrations)})
+    write_json(made / WHOLE, {"experts": list(known.calibrations), "failed_again": list(failed_again)})
 
 
 def _one_expert(job: LiveConfig, live: LiveFleet, name: str, folder: Path) -> Calibration:
@@ -222,7 +223,11 @@ def _figure(
 
 
 def _together(
-    job: LiveConfig, live: LiveFleet, calibrations: dict[str, Calibration], folder: Path
+    job: LiveConfig,
+    live: LiveFleet,
+    calibrations: dict[str, Calibration],
+    folder: Path,
+    calmly: Calmly,
 ) -> FleetCalibration:
     """All experts under common load through the gateway: contention, gateway and front-end times."""
     assert job.fleet is not None
@@ -230,7 +235,6 @@ def _together(
     config, shared = simulation(job, fleet, 1), Preparations()
     settings = gateway_settings(config, shared, live, folder)
     profiled = [servers[0].spec.name for servers in live.servers.values()]
-    calmly = Calmly(again_s(job, fleet), say)
     standings = check_all(live, fleet, shared, job.workload, job.seed, calmly, say, profiled)
     with GatewayProcess(settings, folder) as gateway:
         runs = _common_load(job, config, shared, live, settings, gateway.url, calmly)

@@ -20,10 +20,11 @@ from omegaconf import DictConfig
 from ersim.config import FleetConfig, SimulationConfig
 from ersim.errors import bad_value
 from ersim.prepare import Preparations
-from ersim.routing import Policy, build_policy, split_prompts
+from ersim.routing import Policy
 from ersim.types import ExpertState
 from ersim.util.files import to_json
 from ersim.workload import load_prompt_set
+from experiments.live_check import fit_unpriced
 from experiments.live_schema import (
     ServeConfig,
     home,
@@ -174,11 +175,9 @@ def _calibrated(config: SimulationConfig, fleet: FleetConfig) -> tuple[Policy, d
 
 def _uncalibrated(config: SimulationConfig) -> Policy:
     """The same policy, fitted without what a calibration tells."""
-    experts = config.fleet.experts.items()
-    states = [ExpertState(name, one.model, tuple(one.domains), (), one.replicas) for name, one in experts]
-    prompts = load_prompt_set(config.workload.prompts).prompts
-    train, _ = split_prompts(prompts, config.router.train_fraction, config.seed)
-    return build_policy(config.router, states, [prompts[index] for index in train], config.seed)
+    experts, slots = config.fleet.experts.items(), ExpertEndpoint.slots
+    states = [ExpertState(name, one.model, tuple(one.domains), (), slots) for name, one in experts]
+    return fit_unpriced(config, states, load_prompt_set(config.workload.prompts).prompts)
 
 
 @one_line_errors

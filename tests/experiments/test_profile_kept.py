@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from experiments import profile
 from experiments.live_schema import LiveConfig
 from experiments.schema import TrackingConfig
 from testbed import expert_server
+from testbed.calmly import Calmly
 from testbed.contention import Contention
 from testbed.fleet_calibration import FleetCalibration, load
 
@@ -56,7 +58,10 @@ class Profiles:
             (made / f"{name}.{kind}").write_text(str(self.number))
         return name
 
-    def _common(self, job: LiveConfig, live: object, made_of: object, made: Path) -> FleetCalibration:
+    def _common(
+        self, job: LiveConfig, live: object, made_of: object, made: Path, calmly: Calmly
+    ) -> FleetCalibration:
+        calmly.failed.append(f"attempt of {self.number}")
         if self.fails_at == "together":
             raise KeyboardInterrupt
         contention = {name: Contention() for name in EXPERTS}
@@ -80,6 +85,8 @@ def test_what_breaks_off_leaves_the_earlier_profile_as_it_was(
     profiles = Profiles(monkeypatch, tmp_path)
     profiles.run()
     assert profiles.stands() == {"1"} and profiles.logs("profile") == {"1"}
+    whole = json.loads((tmp_path / "profile" / "whole.json").read_text())
+    assert whole == {"experts": list(EXPERTS), "failed_again": ["attempt of 1"]}
     capsys.readouterr()
     with pytest.raises(ConfigError, match="it died"):
         profiles.run("b")

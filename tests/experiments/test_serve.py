@@ -118,6 +118,8 @@ class Served:
         return text in self.log.read_text()
 
     def wait_ready(self) -> None:
+        """Until the command itself knows that its gateway listens, and all experts answer through it."""
+        wait_for(lambda: self.process.poll() is not None or self.said("gateway on"))
         wait_for(lambda: self.process.poll() is not None or answers(f"{self.gateway}/ready"))
         assert self.process.poll() is None, self.log.read_text()
 
